@@ -1,0 +1,65 @@
+"""CEBRA's metrics in JAX: InfoNCE, goodness of fit and consistency, fast, seeded, with error bars."""
+
+from cebra_jax_metrics import samplers
+from cebra_jax_metrics.checkpoints import (
+    CheckpointError,
+    from_cebra,
+    from_state_dict,
+    load,
+    save,
+    to_state_dict,
+)
+from cebra_jax_metrics.encoders import Encoder, architecture_names, register_architecture
+from cebra_jax_metrics.estimation import Estimate, draw, estimate_infonce, evaluate
+from cebra_jax_metrics.infonce import (
+    InfoNCE,
+    chance_level,
+    dot_similarity,
+    euclidean_similarity,
+    goodness_of_fit,
+    infonce,
+)
+from cebra_jax_metrics.metrics import (
+    goodness_of_fit_history,
+    goodness_of_fit_score,
+    infonce_loss,
+    infonce_to_goodness_of_fit,
+)
+from cebra_jax_metrics.model import Checkpoint, Criterion, Model, embed
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 (grouped as in README)
+    # for CEBRA users
+    "infonce_loss",
+    "goodness_of_fit_score",
+    "goodness_of_fit_history",
+    "infonce_to_goodness_of_fit",
+    # arrays and pytrees
+    "InfoNCE",
+    "infonce",
+    "dot_similarity",
+    "euclidean_similarity",
+    "chance_level",
+    "goodness_of_fit",
+    "Estimate",
+    "draw",
+    "evaluate",
+    "estimate_infonce",
+    # models
+    "Model",
+    "Encoder",
+    "Criterion",
+    "embed",
+    "Checkpoint",
+    "CheckpointError",
+    "load",
+    "save",
+    "from_cebra",
+    "from_state_dict",
+    "to_state_dict",
+    "architecture_names",
+    "register_architecture",
+    # sampling
+    "samplers",
+]

@@ -1,0 +1,50 @@
+"""Arrays that come from users: NumPy, JAX, torch (also with grad) and lists."""
+
+import jax
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def is_traced(*arrays: object) -> bool:
+    """Whether any of the arrays is traced by JAX, so that its values are not known."""
+    return any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def as_numpy(x: object) -> np.ndarray:
+    """Any array-like as NumPy, without copying where possible; torch tensors leave autograd."""
+    if hasattr(x, "detach") and hasattr(x, "cpu"):
+        x = x.detach().cpu()
+        if not hasattr(np, str(x.dtype).removeprefix("torch.")):  # bfloat16
+            x = x.float()
+        return x.resolve_conj().numpy()
+    return np.asarray(x)
+
+
+def as_array(x: object) -> Array | np.ndarray:
+    """JAX arrays, traced or not, as they are; everything else as NumPy."""
+    return x if isinstance(x, Array) else as_numpy(x)
+
+
+def as_integer(name: str, value: object, at_least: int) -> int:
+    """A Python integer, or an error that says what the argument has to be."""
+    try:
+        number = value.__index__()  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"{name} has to be an integer, got {value!r} of type {type(value).__name__}."
+        ) from None
+    if number < at_least:
+        raise ValueError(f"{name} has to be at least {at_least}, got {number}.")
+    return int(number)
+
+
+def as_key(key: ArrayLike) -> Array:
+    """A typed PRNG key from a typed or an old uint32 key."""
+    if isinstance(key, Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    if getattr(key, "dtype", None) == np.uint32:
+        return jax.random.wrap_key_data(jax.numpy.asarray(key))
+    raise TypeError(
+        f"key has to be a JAX PRNG key such as jax.random.key(0), got {type(key).__name__}."
+    )

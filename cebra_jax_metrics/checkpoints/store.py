@@ -1,0 +1,161 @@
+"""The library's own file: one safetensors file of arrays, with the rest as JSON in its header."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cebra_jax_metrics.checkpoints.torch_zip import CheckpointError
+from cebra_jax_metrics.encoders import Encoder, get_architecture
+from cebra_jax_metrics.model import Checkpoint, Criterion, Model
+
+FORMAT = "cebra_jax_metrics"
+VERSION = 1
+
+
+def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint to one safetensors file, atomically: all of it, or nothing changes.
+
+    Args:
+        checkpoint: What ``load``, ``from_cebra`` or ``from_state_dict`` returned.
+        path: The file; an existing one is replaced.
+
+    Raises:
+        TypeError: It is no checkpoint, or its settings hold what JSON cannot.
+        OSError: The file cannot be written.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        raise TypeError(
+            f"Expected a Checkpoint, got {type(checkpoint).__name__}; a bare model is saved as "
+            "Checkpoint(model)."
+        )
+    model = checkpoint.model
+    arrays = {
+        f"encoders.{i}.{name}": value
+        for i, encoder in enumerate(model.encoders)
+        for name, value in encoder.params.items()
+    }
+    arrays["criterion.temperature"] = model.criterion.temperature
+    arrays["criterion.min_temperature"] = model.criterion.min_temperature
+    arrays |= {f"history.{name}": value for name, value in checkpoint.history.items()}
+    description = {
+        "encoders": [
+            {
+                "architecture": encoder.architecture,
+                "num_neurons": encoder.num_neurons,
+                "num_hidden_units": encoder.num_hidden_units,
+                "output_dimension": encoder.output_dimension,
+                "params": sorted(encoder.params),
+            }
+            for encoder in model.encoders
+        ],
+        "criterion": {
+            "similarity": model.criterion.similarity,
+            "learned": model.criterion.learned,
+        },
+        "history": sorted(checkpoint.history),
+        "settings": dict(checkpoint.settings),
+        "metadata": dict(checkpoint.metadata),
+    }
+    header = {"format": FORMAT, "version": str(VERSION), "checkpoint": json.dumps(description)}
+    data = safetensors.numpy.save(
+        {name: np.array(value, order="C") for name, value in arrays.items()}, header
+    )
+    _write_atomically(Path(path), data)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_own_file(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a file that :func:`save` wrote, checking names, shapes and dtypes.
+
+    Raises:
+        CheckpointError: Not such a file, a damaged one, or one of a newer version.
+        OSError: The file cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"Cannot read {str(path)!r}: it is truncated, damaged or no safetensors file ({error})."
+        ) from None
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"Cannot use {str(path)!r}: it is a safetensors file, but cebra_jax_metrics.save did "
+            "not write it; use from_state_dict for bare parameters."
+        )
+    if header.get("version") != str(VERSION):
+        raise CheckpointError(
+            f"Cannot use {str(path)!r}: its format version is {header.get('version')}, this "
+            f"library reads version {VERSION}; upgrade cebra-jax-metrics."
+        )
+    try:
+        return _checkpoint(json.loads(header["checkpoint"]), arrays)
+    except CheckpointError as error:
+        raise CheckpointError(f"Cannot use {str(path)!r}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"Cannot use {str(path)!r}: its header is damaged ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _checkpoint(description: Any, arrays: dict[str, np.ndarray]) -> Checkpoint:
+    encoders = tuple(
+        _encoder(entry, f"encoders.{i}.", arrays) for i, entry in enumerate(description["encoders"])
+    )
+    if not encoders:
+        raise CheckpointError("it holds no encoder.")
+    criterion = Criterion(
+        similarity=description["criterion"]["similarity"],
+        temperature=jnp.asarray(_take(arrays, "criterion.temperature", ())),
+        learned=description["criterion"]["learned"],
+        min_temperature=jnp.asarray(_take(arrays, "criterion.min_temperature", ())),
+    )
+    history = {name: _take(arrays, f"history.{name}", None) for name in description["history"]}
+    if arrays:
+        raise CheckpointError(f"it holds arrays that belong to nothing: {sorted(arrays)}.")
+    return Checkpoint(
+        Model(encoders, criterion), description["settings"], history, description["metadata"]
+    )
+
+
+def _encoder(entry: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Encoder:
+    sizes = entry["num_neurons"], entry["num_hidden_units"], entry["output_dimension"]
+    shapes = get_architecture(entry["architecture"]).shapes(*sizes)
+    names = entry["params"] if shapes is None else shapes
+    params = {
+        name: jnp.asarray(_take(arrays, prefix + name, shapes and shapes[name])) for name in names
+    }
+    return Encoder(params, entry["architecture"], *sizes)
+
+
+def _take(
+    arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...] | None
+) -> np.ndarray:
+    """Remove an array from those that were read, checking that it is what it should be."""
+    if name not in arrays:
+        raise CheckpointError(f"{name} is missing.")
+    array = arrays.pop(name)
+    if shape is not None and array.shape != tuple(shape):
+        raise CheckpointError(f"{name} has shape {array.shape}, not {tuple(shape)}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise CheckpointError(f"{name} is of dtype {array.dtype}, not of floats.")
+    return array

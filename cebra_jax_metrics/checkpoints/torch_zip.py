@@ -1,0 +1,336 @@
+"""Read what torch.save wrote, without torch and without executing what the pickle asks for.
+
+A torch file is a zip archive of a pickle and one record per storage. The pickle is read by a small
+machine of our own rather than by ``pickle``: it knows the opcodes that torch.save writes and a
+closed list of names, each standing for a function of this module. Nothing is imported, nothing of
+the file's choosing is called, no object outside the machine is touched.
+"""
+
+import math
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+
+class CheckpointError(ValueError):
+    """A file, or what it holds, is no checkpoint that this library can use."""
+
+
+@dataclass
+class Offset:
+    """CEBRA's window of time steps: ``left`` before, ``right`` from the current one on."""
+
+    left: int = 0
+    right: int = 1
+
+
+@dataclass
+class DType:
+    """A NumPy dtype; its byte order follows its name in a pickle."""
+
+    dtype: np.dtype
+
+
+class _StorageType(NamedTuple):
+    dtype: np.dtype
+
+
+class _Storage(NamedTuple):
+    values: np.ndarray
+
+
+class _Global(NamedTuple):
+    """A name that the pickle asked for and that is on the list."""
+
+    module: str
+    name: str
+
+
+def _tensor(
+    storage: object, offset: object, size: object, stride: object, *rest: object
+) -> np.ndarray:
+    """A tensor as a read-only view of its storage, checked to lie within it."""
+    if not (
+        isinstance(storage, _Storage)
+        and isinstance(size, tuple)
+        and isinstance(stride, tuple)
+        and len(size) == len(stride)
+        and all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
+    ):
+        raise CheckpointError("a tensor is not described as torch does it.")
+    values = storage.values
+    if 0 in size:
+        return np.empty(size, values.dtype)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))  # type: ignore[operator]
+    if last >= values.size:
+        raise CheckpointError(
+            f"a tensor of size {size}, strides {stride} and offset {offset} reaches beyond its "
+            f"storage of {values.size} elements."
+        )
+    strides = [n * values.itemsize for n in stride]
+    return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)  # type: ignore[misc]
+
+
+def _parameter(data: object, *rest: object) -> object:
+    return data
+
+
+def _dtype(name: object, *rest: object) -> DType:
+    if not isinstance(name, str) or name[:1] not in tuple("biuf"):
+        raise CheckpointError(f"NumPy dtype {name!r} is not one of numbers.")
+    return DType(np.dtype(name))
+
+
+def _bytes(text: object, encoding: object) -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise CheckpointError("bytes are encoded in an unknown way.")
+    return text.encode("latin1")
+
+
+def _scalar(kind: object, data: object) -> int | float | bool:
+    if not (
+        isinstance(kind, DType) and isinstance(data, bytes) and len(data) == kind.dtype.itemsize
+    ):
+        raise CheckpointError("a NumPy scalar is not described as NumPy does it.")
+    return np.frombuffer(data, kind.dtype)[0].item()  # type: ignore[no-any-return]
+
+
+def _ordered_dict(items: object = ()) -> dict[object, object]:
+    return dict(items)  # type: ignore[call-overload, no-any-return]
+
+
+def _size(dimensions: object = ()) -> tuple[object, ...]:
+    return tuple(dimensions)  # type: ignore[arg-type]
+
+
+_STORAGES = {
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
+    "HalfStorage": "<f2",
+    "BFloat16Storage": jnp.bfloat16,
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "<i1",
+    "ByteStorage": "<u1",
+    "BoolStorage": "?",
+}
+_DTYPES = "float16 bfloat16 float32 float64 uint8 int8 int16 int32 int64 bool".split()
+
+_VALUES: dict[_Global, object] = {
+    **{_Global("torch", name): _StorageType(np.dtype(d)) for name, d in _STORAGES.items()},
+    **{_Global("torch", name): name for name in _DTYPES},
+}
+_FUNCTIONS: dict[_Global, Callable[..., object]] = {
+    _Global("collections", "OrderedDict"): _ordered_dict,
+    _Global("_codecs", "encode"): _bytes,
+    _Global("cebra.data.datatypes", "Offset"): Offset,
+    _Global("numpy", "dtype"): _dtype,
+    _Global("numpy.core.multiarray", "scalar"): _scalar,
+    _Global("numpy._core.multiarray", "scalar"): _scalar,
+    _Global("torch", "Size"): _size,
+    _Global("torch._utils", "_rebuild_parameter"): _parameter,
+    _Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    _Global("torch.torch_version", "TorchVersion"): str,
+}
+
+
+class _Machine:
+    """Executes the opcodes of pickle protocol 2 that torch.save writes, on a stack of plain data."""
+
+    def __init__(self, archive: "_Archive") -> None:
+        self.archive = archive
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, pickle: bytes) -> object:
+        """Return what the pickle describes."""
+        for opcode, argument, _ in pickletools.genops(pickle):
+            name = opcode.name
+            if name in _PUSH_ARGUMENT:
+                self.stack.append(argument)
+            elif name in _PUSH_NEW:
+                self.stack.append(_PUSH_NEW[name]())
+            elif name in ("BINPUT", "LONG_BINPUT"):
+                self.memo[argument] = self.stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                self.stack.append(self.memo[argument])
+            elif name in _STEPS:
+                _STEPS[name](self)
+            elif name == "GLOBAL":
+                self.stack.append(_look_up(*argument.split(" ", 1)))
+            elif name not in ("PROTO", "STOP"):
+                raise CheckpointError(
+                    f"its pickle uses {name}, which torch.save does not write; it was refused."
+                )
+        return self.stack.pop()
+
+    def mark(self) -> None:
+        self.marks.append(len(self.stack))
+
+    def since_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def make_tuple(self, size: int) -> None:
+        items = [self.stack.pop() for _ in range(size)]
+        self.stack.append(tuple(reversed(items)))
+
+    def extend(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise CheckpointError("its pickle appends to what is no list.")
+        target.extend(items)
+
+    def update(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict:
+            raise CheckpointError("its pickle sets items of what is no dictionary.")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    def call(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, _Global) or type(arguments) is not tuple:
+            raise CheckpointError("its pickle calls what is no function.")
+        self.stack.append(_FUNCTIONS[function](*arguments))
+
+    def set_state(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        match target, state:
+            case Offset(), (None, {"left": int(left), "right": int(right)}):
+                target.left, target.right = left, right
+            case DType(), (_, str(order), *_) if order in tuple("<>|="):
+                target.dtype = target.dtype.newbyteorder(order)
+            case (dict() | str()), dict():
+                pass  # torch's notes on a state dict, a version's attributes
+            case _:
+                raise CheckpointError("its pickle sets the state of what has none.")
+
+    def load_storage(self) -> None:
+        match self.stack.pop():
+            case ("storage", _StorageType(dtype), str(key), str(), int(count)):
+                self.stack.append(self.archive.storage(key, dtype, count))
+            case _:
+                raise CheckpointError("a storage is not described as torch does it.")
+
+
+_PUSH_ARGUMENT = frozenset("BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE".split())
+_PUSH_NEW: dict[str, Callable[[], object]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+}
+_STEPS: dict[str, Callable[[_Machine], None]] = {
+    "MARK": _Machine.mark,
+    "TUPLE": lambda m: m.stack.append(tuple(m.since_mark())),
+    "TUPLE1": lambda m: m.make_tuple(1),
+    "TUPLE2": lambda m: m.make_tuple(2),
+    "TUPLE3": lambda m: m.make_tuple(3),
+    "APPEND": lambda m: m.extend([m.stack.pop()]),
+    "APPENDS": lambda m: m.extend(m.since_mark()),
+    "SETITEM": lambda m: m.update([m.stack.pop(-2), m.stack.pop()]),
+    "SETITEMS": lambda m: m.update(m.since_mark()),
+    "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.call,
+    "BUILD": _Machine.set_state,
+    "BINPERSID": _Machine.load_storage,
+}
+
+
+def _look_up(module: str, name: str) -> object:
+    key = _Global(module, name)
+    if key in _FUNCTIONS:
+        return key
+    if key in _VALUES:
+        return _VALUES[key]
+    raise CheckpointError(
+        f"it asks for {module}.{name}, which no CEBRA checkpoint needs; it was refused, and nothing "
+        "of the file was executed."
+    )
+
+
+class _Archive:
+    """The records of a torch zip file."""
+
+    def __init__(self, file: zipfile.ZipFile) -> None:
+        self._file = file
+        names = file.namelist()
+        pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError("it is a zip file without data.pkl: torch.save did not write it.")
+        if len(set(names)) != len(names):
+            raise CheckpointError("it holds several records of one name.")
+        self._root = pickles[0].removesuffix("data.pkl")
+        order = self.read("byteorder") if f"{self._root}byteorder" in names else b"little"
+        if order not in (b"little", b"big"):
+            raise CheckpointError(f"its byte order {order!r} is unknown.")
+        self._is_big_endian = order == b"big"
+        self._storages: dict[str, _Storage] = {}
+
+    def read(self, record: str) -> bytes:
+        """Read the bytes of a record; torch stores them uncompressed."""
+        try:
+            info = self._file.getinfo(self._root + record)
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise CheckpointError(f"record {record!r} is compressed, which torch never does.")
+            return self._file.read(info)
+        except KeyError:
+            raise CheckpointError(f"record {record!r} is missing.") from None
+
+    def storage(self, key: str, dtype: np.dtype, count: int) -> _Storage:
+        """Read a storage once, in this machine's byte order."""
+        if key not in self._storages:
+            data = self.read(f"data/{key}")
+            if len(data) != count * dtype.itemsize:
+                raise CheckpointError(
+                    f"storage {key!r} should hold {count} elements of {dtype}, but has {len(data)} "
+                    "bytes."
+                )
+            values = np.frombuffer(data, dtype)
+            if self._is_big_endian:
+                values = values.byteswap()
+            self._storages[key] = _Storage(values)
+        storage = self._storages[key]
+        if storage.values.dtype != dtype or storage.values.size != count:
+            raise CheckpointError(f"storage {key!r} is described in two ways.")
+        return storage
+
+    def unpickle(self) -> object:
+        """The object that was saved."""
+        return _Machine(self).run(self.read("data.pkl"))
+
+
+def read_torch_zip(path: str | os.PathLike[str]) -> object:
+    """Read a file that ``torch.save`` wrote as plain containers, numbers and NumPy arrays.
+
+    Tensors come as read-only arrays with their dtype, wherever they were saved from; torch's dtypes
+    come as their names, NumPy's as :class:`DType`, CEBRA's offset as :class:`Offset`.
+
+    Raises:
+        CheckpointError: Not a torch zip file, a damaged one, or one whose pickle asks for anything
+            but the data that a CEBRA checkpoint is made of. Nothing of it is executed.
+        OSError: The file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            return _Archive(zipfile.ZipFile(file)).unpickle()
+        except CheckpointError as error:
+            raise CheckpointError(f"Cannot read {str(path)!r}: {error}") from None
+        except Exception as error:  # whatever a damaged file makes the parsers stumble over
+            raise CheckpointError(
+                f"Cannot read {str(path)!r}: it is truncated, damaged or no file of torch.save "
+                f"({type(error).__name__}: {error})."
+            ) from error

@@ -1,0 +1,111 @@
+"""An encoder: an architecture with its parameters, as a pytree."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from cebra_jax_metrics.encoders.architectures import Architecture, get_architecture
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """An encoder of one session: pure data, its parameters the only leaves.
+
+    Attributes:
+        params: Arrays under torch's state-dict names (``net.0.weight``); tied parameters once.
+        architecture: A name of CEBRA's or a registered one.
+        num_neurons: Features of the recording.
+        num_hidden_units: Width of the hidden layers.
+        output_dimension: Features of the embedding.
+    """
+
+    params: dict[str, Array]
+    architecture: str = field(metadata={"static": True})
+    num_neurons: int = field(metadata={"static": True})
+    num_hidden_units: int = field(metadata={"static": True})
+    output_dimension: int = field(metadata={"static": True})
+
+    @classmethod
+    def init(
+        cls,
+        key: Array,
+        architecture: str,
+        num_neurons: int,
+        num_hidden_units: int = 32,
+        output_dimension: int = 8,
+    ) -> "Encoder":
+        """Make an encoder with random parameters, distributed as torch's defaults.
+
+        Raises:
+            ValueError: The architecture is unknown or a size too small for it.
+        """
+        sizes = num_neurons, num_hidden_units, output_dimension
+        params = get_architecture(architecture).init(key, *sizes)
+        return cls(params, architecture, *sizes)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Neurons, hidden units and output dimension."""
+        return self.num_neurons, self.num_hidden_units, self.output_dimension
+
+    @property
+    def offset(self) -> tuple[int, int]:
+        """The window of time step t is ``[t - offset[0], t + offset[1] - 1]``."""
+        return self._known.offset
+
+    @property
+    def receptive_field(self) -> int:
+        """Time steps that one embedding depends on."""
+        return sum(self.offset)
+
+    @property
+    def _known(self) -> Architecture:
+        return get_architecture(self.architecture)
+
+    def encode_windows(self, X: Array) -> Array:
+        """Embed every whole window of a recording.
+
+        Args:
+            X: ``(time, neurons)`` of any real dtype; it is cast to that of the parameters.
+
+        Returns:
+            ``(time - receptive_field + 1, output_dimension)``; row 0 belongs to time step
+            ``offset[0]``.
+        """
+        X = jnp.asarray(X).astype(jnp.result_type(*self.params.values()))
+        return self._known.apply(self.params, X, *self.sizes)
+
+    def encode(self, X: Array, pad: bool = True) -> Array:
+        """Embed a recording, as CEBRA's ``transform`` does.
+
+        Args:
+            X: ``(time, neurons)``.
+            pad: Repeat the edge samples so that every time step has an embedding.
+
+        Returns:
+            ``(time, output_dimension)``, or what ``encode_windows`` returns without padding.
+        """
+        left, right = self.offset
+        X = jnp.asarray(X)
+        return self.encode_windows(jnp.pad(X, ((left, right - 1), (0, 0)), "edge") if pad else X)
+
+    def window_of(self, steps: Array, num_steps: int) -> Array:
+        """Row of ``encode_windows`` for each time step, those near the edges clamped.
+
+        Args:
+            steps: Time steps, integers of any shape.
+            num_steps: Length of the recording.
+        """
+        left, right = self.offset
+        return jnp.clip(steps, left, num_steps - right) - left
+
+    def __repr__(self) -> str:
+        count = sum(jnp.size(x) for x in self.params.values())
+        neurons, units, outputs = self.sizes
+        return (
+            f"Encoder({self.architecture!r}, {neurons} neurons -> {units} units -> {outputs} "
+            f"dimensions, {count} parameters)"
+        )

@@ -1,0 +1,221 @@
+"""A model, and a checkpoint: a model with what is known of how it came about."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from cebra_jax_metrics.arrays import as_array, is_traced
+from cebra_jax_metrics.encoders import Encoder
+from cebra_jax_metrics.infonce import InfoNCE, infonce
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Criterion:
+    """How embeddings are compared: a similarity and a temperature.
+
+    Attributes:
+        similarity: ``"cosine"`` (the dot product) or ``"euclidean"`` (minus the squared distance).
+        temperature: What similarities are divided by. A leaf; where it is ``learned``, the value
+            before clamping.
+        learned: Whether the temperature was (or is to be) trained with the encoder.
+        min_temperature: Lower limit of a learned temperature; 0 for none.
+    """
+
+    similarity: str = field(default="cosine", metadata={"static": True})
+    temperature: ArrayLike = 1.0
+    learned: bool = field(default=False, metadata={"static": True})
+    min_temperature: ArrayLike = 0.0
+
+    @property
+    def effective_temperature(self) -> Array:
+        """The temperature that similarities are divided by: clamped if it is learned."""
+        temperature = jnp.asarray(self.temperature)
+        if not self.learned:
+            return temperature
+        lowest = jnp.asarray(self.min_temperature).astype(temperature.dtype)
+        return jnp.where(temperature >= lowest, temperature, lowest)
+
+    def __call__(self, reference: Array, positive: Array, negative: Array) -> InfoNCE:
+        """InfoNCE of one batch of embeddings, see :func:`cebra_jax_metrics.infonce`."""
+        return infonce(
+            reference,
+            positive,
+            negative,
+            similarity=self.similarity,
+            temperature=self.effective_temperature,
+        )
+
+    def __repr__(self) -> str:
+        kind = "learned" if self.learned else "fixed"
+        return f"Criterion({self.similarity!r}, temperature={_short(self.temperature)} ({kind}))"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One encoder per session, and the criterion they were trained with. A pytree, nothing else."""
+
+    encoders: tuple[Encoder, ...]
+    criterion: Criterion = field(default_factory=Criterion)
+
+    @property
+    def num_sessions(self) -> int:
+        """Number of sessions, 1 for a single-session model."""
+        return len(self.encoders)
+
+    def __repr__(self) -> str:
+        return f"Model({', '.join(map(repr, self.encoders))}; {self.criterion!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model with its settings, training history and metadata.
+
+    Attributes:
+        model: The model.
+        settings: CEBRA's constructor arguments by their names (``batch_size``, ``conditional``,
+            ``time_offsets``, ...), and ``label_types``: dtype and shape of each array of labels the
+            model was fitted with (for several sessions, a list of them per array), or ``None``
+            where they are not known. Values are such that JSON can hold them.
+        history: Per training step, arrays ``(steps,)`` under CEBRA's names: ``total`` (the loss,
+            nats), ``pos`` and ``neg`` (its align and uniform part), ``temperature``.
+        metadata: Versions of what wrote the checkpoint.
+    """
+
+    model: Model
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, np.ndarray] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_multisession(self) -> bool:
+        """Whether the model was trained on several sessions, so that one has to be chosen."""
+        return self.settings.get("num_sessions") is not None
+
+    def __repr__(self) -> str:
+        steps = len(self.history.get("total", ()))
+        return f"Checkpoint({self.model!r}, trained for {steps} steps)"
+
+
+def as_model(model: Model | Checkpoint) -> Model:
+    """The model itself, or that of a checkpoint."""
+    if isinstance(model, Checkpoint):
+        return model.model
+    if isinstance(model, Model):
+        return model
+    raise TypeError(
+        f"Expected a Model or a Checkpoint, got {type(model).__name__}; load(path) and "
+        "from_cebra(estimator) make a Checkpoint."
+    )
+
+
+def select_encoder(model: Model | Checkpoint, session_id: int | None) -> Encoder:
+    """The encoder of a session.
+
+    Raises:
+        RuntimeError: ``session_id`` is missing where one is needed, or there is no such session.
+        ValueError: ``session_id`` is negative for a single-session model.
+    """
+    encoders = as_model(model).encoders
+    if session_id is not None and not isinstance(session_id, (int, np.integer)):
+        raise TypeError(f"session_id has to be an integer or None, got {session_id!r}.")
+    if len(encoders) == 1 and not (isinstance(model, Checkpoint) and model.is_multisession):
+        if session_id is not None and session_id > 0:
+            raise RuntimeError(
+                f"Invalid session_id {session_id}: single session models only takes an optional "
+                "null session_id; leave it out."
+            )
+        if session_id is not None and session_id < 0:
+            raise ValueError(f"session_id should be set to None or 0, got {session_id}")
+        return encoders[0]
+    if session_id is None:
+        raise RuntimeError(
+            "No session_id provided: multisession model requires a session_id to choose the model "
+            f"corresponding to your data shape, one of 0 to {len(encoders) - 1}."
+        )
+    if not 0 <= session_id < len(encoders):
+        raise RuntimeError(
+            f"Invalid session_id {session_id}: session_id for the current multisession model must "
+            f"be between 0 and {len(encoders) - 1}."
+        )
+    return encoders[session_id]
+
+
+def as_recording(X: object, encoder: Encoder, session_id: int | None = None) -> Array:
+    """A recording as a JAX array that the encoder can take.
+
+    Args:
+        X: Array-like ``(time, neurons)`` of a real dtype.
+        encoder: The encoder that is to embed it.
+        session_id: For the message only.
+
+    Raises:
+        ValueError: Wrong shape, too few time steps, or NaN or infinity among the values.
+        TypeError: Values that are no real numbers.
+    """
+    X = as_array(X)
+    if X.ndim != 2:
+        raise ValueError(f"Expected 2D array (time, neurons), got an array of shape {X.shape}.")
+    if not (jnp.issubdtype(X.dtype, jnp.number) or X.dtype == bool) or jnp.iscomplexobj(X):
+        raise TypeError(f"A recording has to hold real numbers, got dtype {X.dtype}.")
+    if X.shape[1] != encoder.num_neurons:
+        raise ValueError(
+            f"Invalid input shape: model for session {session_id} requires an input of shape"
+            f"(n_samples, {encoder.num_neurons}), got (n_samples, {X.shape[1]})."
+        )
+    if X.shape[0] < encoder.receptive_field:
+        raise ValueError(
+            f"Found array with {X.shape[0]} sample(s) (shape={X.shape}) while a minimum of "
+            f"{encoder.receptive_field} is required by the receptive field of "
+            f"{encoder.architecture!r}."
+        )
+    if isinstance(X, np.ndarray) and not jax.config.jax_enable_x64 and X.dtype.itemsize > 4:
+        X = X.astype(np.float32)
+    X = jnp.asarray(X)
+    if not is_traced(X) and not jnp.isfinite(X).all():
+        raise ValueError("Input X contains NaN or infinity; interpolate or drop these time steps.")
+    return X
+
+
+def embed(
+    model: Model | Checkpoint, X: object, session_id: int | None = None, *, pad: bool | None = None
+) -> Array:
+    """Embed a recording: CEBRA's ``transform``.
+
+    Args:
+        model: A model or a checkpoint.
+        X: The recording ``(time, neurons)``; any real dtype, NumPy, JAX, torch or lists.
+        session_id: Which encoder of a multi-session model to use.
+        pad: Repeat the edge samples so that every time step has an embedding. ``None`` does what
+            the checkpoint's ``pad_before_transform`` says, or pads.
+
+    Returns:
+        ``(time, output_dimension)``; without padding ``(time - receptive_field + 1,
+        output_dimension)``.
+
+    Raises:
+        ValueError: Wrong number of neurons, fewer steps than the receptive field, NaN or infinity.
+        RuntimeError: Missing or wrong ``session_id``.
+
+    Source: CEBRA 0.6.1 ``cebra.CEBRA.transform``.
+    """
+    encoder = select_encoder(model, session_id)
+    if pad is None:
+        settings = model.settings if isinstance(model, Checkpoint) else {}
+        pad = settings.get("pad_before_transform", True)
+    return _encode(encoder, as_recording(X, encoder, session_id), pad=bool(pad))
+
+
+_encode = jax.jit(Encoder.encode, static_argnames="pad")
+
+
+def _short(x: ArrayLike) -> str:
+    """A number as text, whatever it is: traced, stacked or a leaf that JAX put there."""
+    return f"{float(x):g}" if not is_traced(x) and np.size(x) == 1 else "..."

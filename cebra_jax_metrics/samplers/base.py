@@ -1,0 +1,159 @@
+"""What every sampler is: a frozen pytree that proposes references, negatives and queries."""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cebra_jax_metrics.arrays import as_array, as_integer, as_key, is_traced
+
+T = TypeVar("T")
+
+
+class Batch(NamedTuple):
+    """Indices of time steps, int32, ``(batch,)`` each, or ``(num_batches, batch)`` from ``draw``.
+
+    Attributes:
+        reference: Draws from the prior.
+        positive: One draw from the conditional for every reference.
+        negative: Further draws from the prior.
+    """
+
+    reference: Array
+    positive: Array
+    negative: Array
+
+
+class Proposal(NamedTuple):
+    """A batch whose positives are still to be found by ``sampler.resolve(query)``."""
+
+    reference: Array
+    negative: Array
+    query: Any
+
+
+class Sampler(Protocol):
+    """Distribution of batches: a prior for references and negatives, a conditional for positives.
+
+    ``propose`` is pure and jitted. ``resolve`` turns its queries, of any number of batches, into
+    positives; where that takes a nearest-neighbour search it runs on the host if it can.
+    """
+
+    def propose(self, key: Array, batch_size: int) -> Proposal:
+        """Draw references and negatives, and where to look for the positives."""
+        ...
+
+    def resolve(self, query: Any) -> Array:
+        """Find the positives."""
+        ...
+
+    def sample(self, key: Array, batch_size: int) -> Batch:
+        """Draw one batch."""
+        ...
+
+
+class SampleInTwoSteps:
+    """``sample`` as ``propose``, then ``resolve``."""
+
+    def sample(self: Sampler, key: Array, batch_size: int) -> Batch:
+        """Draw one batch of ``batch_size`` references, positives and negatives."""
+        batch_size = as_integer("batch_size", batch_size, at_least=1)
+        proposal = propose(self, as_key(key), batch_size)
+        return Batch(proposal.reference, self.resolve(proposal.query), proposal.negative)
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def propose(sampler: Sampler, key: Array, batch_size: int) -> Proposal:
+    """``sampler.propose``, jitted; compiled once per kind and shape of sampler."""
+    return sampler.propose(key, batch_size)
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(*, static: tuple[str, ...] = ()) -> Any:
+    """Make a frozen dataclass and a pytree of a class whose ``__post_init__`` checks user input.
+
+    Unlike with ``jax.tree_util.register_dataclass``, JAX rebuilds instances without running that
+    check: its leaves may be stacked, traced or no arrays at all.
+    """
+
+    def register(cls: type[T]) -> type[T]:
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        leaves = [name for name in names if name not in static]
+
+        def flatten(self: T) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+            children = [(jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in leaves]
+            return children, tuple(getattr(self, name) for name in static)
+
+        def unflatten(fixed: tuple[Any, ...], children: Any) -> T:
+            self = object.__new__(cls)
+            for name, value in zip((*leaves, *static), (*children, *fixed), strict=True):
+                object.__setattr__(self, name, value)
+            return self
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+        return cls
+
+    return register
+
+
+def set_fields(self: Any, **values: Any) -> None:
+    """Set fields of a frozen dataclass while it is being made."""
+    for name, value in values.items():
+        object.__setattr__(self, name, value)
+
+
+def uniform_steps(key: Array, shape: tuple[int, ...], stop: Array) -> Array:
+    """Uniform draws from ``[0, stop)``, int32 whether or not JAX runs in x64."""
+    return jax.random.randint(key, shape, 0, stop, dtype=jnp.int32)
+
+
+def as_continuous(labels: object) -> Array:
+    """Continuous labels ``(time,)`` or ``(time, features)`` as float32 ``(time, features)``."""
+    labels = as_array(labels)
+    if labels.ndim not in (1, 2) or 0 in labels.shape:
+        raise ValueError(
+            "Continuous labels have to be of shape (time,) or (time, features) and not empty, "
+            f"got {labels.shape}."
+        )
+    if not (np.issubdtype(labels.dtype, np.number) or jnp.issubdtype(labels.dtype, jnp.floating)):
+        raise TypeError(f"Continuous labels have to be numbers, got dtype {labels.dtype}.")
+    labels = jnp.asarray(labels.astype(np.float32))
+    if not is_traced(labels) and not np.isfinite(labels).all():
+        raise ValueError("Labels contain NaN or infinity; drop these time steps from X and labels.")
+    return labels.reshape(labels.shape[0], -1)
+
+
+def as_discrete(labels: object) -> Array:
+    """Discrete labels ``(time,)`` as int32; known values are renumbered from 0."""
+    labels = as_array(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or 0 in labels.shape:
+        raise ValueError(
+            f"Discrete labels have to be of shape (time,) and not empty, got {labels.shape}."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(
+            f"Discrete labels have to be integers, got dtype {labels.dtype}; "
+            "use a continuous sampler for floats, or cast with astype(int)."
+        )
+    if not is_traced(labels):
+        labels = np.unique(np.asarray(labels), return_inverse=True)[1]
+    return jnp.asarray(labels.astype(np.int32))
+
+
+def as_length(length: object, labels: Array) -> Array:
+    """The number of real rows of possibly padded labels, as an int32 leaf."""
+    if length is None:
+        length = labels.shape[0]
+    if is_traced(length):
+        return length  # type: ignore[return-value]
+    length = as_integer("length", length, at_least=1)
+    if length > labels.shape[0]:
+        raise ValueError(f"length is {length}, but there are labels for {labels.shape[0]} steps.")
+    return jnp.asarray(length, jnp.int32)

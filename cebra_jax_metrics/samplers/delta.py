@@ -1,0 +1,128 @@
+"""Positives whose label is near the reference's, after a change drawn at random."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from cebra_jax_metrics.arrays import as_integer, is_traced
+from cebra_jax_metrics.neighbors import nearest
+from cebra_jax_metrics.samplers.base import (
+    Proposal,
+    SampleInTwoSteps,
+    as_continuous,
+    as_length,
+    pytree,
+    set_fields,
+    uniform_steps,
+)
+
+
+def label_changes(
+    key: Array, labels: Array, time_offset: ArrayLike, length: ArrayLike, batch_size: int
+) -> Array:
+    """Draw from the changes of labels over ``time_offset`` steps; 0 before that many have passed.
+
+    Returns:
+        ``(batch, features)``.
+    """
+    later = uniform_steps(key, (batch_size,), length)
+    earlier = jnp.maximum(later - time_offset, 0)
+    has_past = (later >= time_offset)[:, None]
+    return jnp.where(has_past, labels[later] - labels[earlier], jnp.zeros((), labels.dtype))
+
+
+def as_time_offset(time_offset: ArrayLike) -> Array:
+    """A time offset of at least one step as an int32 leaf."""
+    if is_traced(time_offset):
+        return time_offset  # type: ignore[return-value]
+    return jnp.asarray(as_integer("time_offset", time_offset, at_least=1), jnp.int32)
+
+
+@pytree()
+class TimeDelta(SampleInTwoSteps):
+    """Positives nearest to the reference's label plus a change that occurred in the recording.
+
+    References and negatives are uniform over time; the change is that of the labels over
+    ``time_offset`` steps, at a time drawn uniformly (0 for the first ``time_offset`` steps).
+
+    Args:
+        labels: Continuous labels ``(time,)`` or ``(time, features)``; kept as float32.
+        time_offset: Steps over which the labels change.
+        length: Number of real rows where ``labels`` are padded; all by default.
+
+    Raises:
+        ValueError: Labels are empty, not finite or have more than two dimensions.
+
+    Source: CEBRA 0.6.1 ``cebra.distributions.continuous.TimedeltaDistribution``.
+    """
+
+    labels: Array
+    time_offset: ArrayLike = 1
+    length: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        labels = as_continuous(self.labels)
+        set_fields(
+            self,
+            labels=labels,
+            time_offset=as_time_offset(self.time_offset),
+            length=as_length(self.length, labels),
+        )
+
+    def propose(self, key: Array, batch_size: int) -> Proposal:
+        """Draw references and negatives; queries are labels ``(batch, features)``."""
+        prior, change = jax.random.split(key)
+        steps = uniform_steps(prior, (2, batch_size), self.length)
+        delta = label_changes(change, self.labels, self.time_offset, self.length, batch_size)
+        return Proposal(steps[0], steps[1], self.labels[steps[0]] + delta)
+
+    def resolve(self, query: Array) -> Array:
+        """Find the time steps whose labels are nearest."""
+        return nearest(self.labels, query, self.length)
+
+
+@pytree()
+class DeltaNormal(SampleInTwoSteps):
+    """Positives nearest to a draw from an isotropic normal around the reference's label.
+
+    References and negatives are uniform over time.
+
+    Args:
+        labels: Continuous labels ``(time,)`` or ``(time, features)``; kept as float32.
+        delta: Standard deviation, in the units of the labels.
+        length: Number of real rows where ``labels`` are padded; all by default.
+
+    Raises:
+        ValueError: ``delta`` is not a positive number, or the labels are empty, not finite or have
+            more than two dimensions.
+
+    Source: CEBRA 0.6.1 ``cebra.distributions.continuous.DeltaNormalDistribution``.
+    """
+
+    labels: Array
+    delta: ArrayLike
+    length: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        labels = as_continuous(self.labels)
+        delta = self.delta
+        if not is_traced(delta):
+            delta = jnp.asarray(delta, jnp.float32)
+            if delta.ndim or not 0 <= delta < jnp.inf:
+                raise ValueError(
+                    f"delta has to be a finite number of at least 0, got {self.delta!r}."
+                )
+        set_fields(self, labels=labels, delta=delta, length=as_length(self.length, labels))
+
+    def propose(self, key: Array, batch_size: int) -> Proposal:
+        """Draw references and negatives; queries are labels ``(batch, features)``."""
+        prior, noise = jax.random.split(key)
+        steps = uniform_steps(prior, (2, batch_size), self.length)
+        shape = (batch_size, self.labels.shape[1])
+        change = self.delta * jax.random.normal(noise, shape, dtype=jnp.float32)
+        return Proposal(steps[0], steps[1], self.labels[steps[0]] + change)
+
+    def resolve(self, query: Array) -> Array:
+        """Find the time steps whose labels are nearest."""
+        return nearest(self.labels, query, self.length)

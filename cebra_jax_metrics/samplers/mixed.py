@@ -1,0 +1,71 @@
+"""Positives that share the reference's discrete label and are near in the continuous one."""
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+from cebra_jax_metrics.neighbors import nearest
+from cebra_jax_metrics.samplers.base import (
+    Proposal,
+    SampleInTwoSteps,
+    as_continuous,
+    as_discrete,
+    as_length,
+    pytree,
+    set_fields,
+)
+from cebra_jax_metrics.samplers.delta import as_time_offset, label_changes
+from cebra_jax_metrics.samplers.discrete import uniform_over_values
+
+
+@pytree()
+class Mixed(SampleInTwoSteps):
+    """Positives as with ``TimeDelta``, but among the time steps with the reference's discrete label.
+
+    References and negatives are uniform over the discrete values that occur, then over the time
+    steps of that value.
+
+    Args:
+        discrete: Integers ``(time,)``, of any values.
+        continuous: Continuous labels ``(time,)`` or ``(time, features)``; kept as float32.
+        time_offset: Steps over which the continuous labels change.
+        length: Number of real rows where the labels are padded; all by default.
+
+    Raises:
+        TypeError: The discrete labels are no integers.
+        ValueError: The labels differ in length, or are of the wrong shape.
+
+    Source: CEBRA 0.6.1 ``cebra.distributions.mixed.MixedTimeDeltaDistribution``.
+    """
+
+    discrete: Array
+    continuous: Array
+    time_offset: ArrayLike = 1
+    length: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        discrete, continuous = as_discrete(self.discrete), as_continuous(self.continuous)
+        if len(discrete) != len(continuous):
+            raise ValueError(
+                f"Discrete ({len(discrete)} samples) and continuous ({len(continuous)} samples) "
+                "need to match in their number of samples."
+            )
+        set_fields(
+            self,
+            discrete=discrete,
+            continuous=continuous,
+            time_offset=as_time_offset(self.time_offset),
+            length=as_length(self.length, continuous),
+        )
+
+    def propose(self, key: Array, batch_size: int) -> Proposal:
+        """Draw references and negatives; queries are continuous labels and discrete ones."""
+        prior, change = jax.random.split(key)
+        steps = uniform_over_values(prior, self.discrete, self.length, (2, batch_size))
+        delta = label_changes(change, self.continuous, self.time_offset, self.length, batch_size)
+        query = self.continuous[steps[0]] + delta, self.discrete[steps[0]]
+        return Proposal(steps[0], steps[1], query)
+
+    def resolve(self, query: tuple[Array, Array]) -> Array:
+        """Find the time steps of the same discrete label whose continuous labels are nearest."""
+        return nearest(self.continuous, query[0], self.length, self.discrete, query[1])

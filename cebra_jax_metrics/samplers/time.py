@@ -1,0 +1,55 @@
+"""Positives at a fixed distance in time."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from cebra_jax_metrics.arrays import as_integer, is_traced
+from cebra_jax_metrics.samplers.base import (
+    Proposal,
+    SampleInTwoSteps,
+    pytree,
+    set_fields,
+    uniform_steps,
+)
+
+
+@pytree()
+class Time(SampleInTwoSteps):
+    """References and negatives uniform on ``[0, length - time_offset)``; positives that much later.
+
+    Args:
+        length: Number of time steps of the recording.
+        time_offset: Steps from a reference to its positive.
+
+    Raises:
+        ValueError: The recording is not longer than the time offset.
+
+    Source: CEBRA 0.6.1 ``cebra.distributions.continuous.TimeContrastive``.
+    """
+
+    length: ArrayLike
+    time_offset: ArrayLike = 1
+
+    def __post_init__(self) -> None:
+        if is_traced(self.length, self.time_offset):
+            return
+        offset = as_integer("time_offset", self.time_offset, at_least=0)
+        length = as_integer("length", self.length, at_least=1)
+        if length <= offset:
+            raise ValueError(
+                "number of samples has to exceed the time offset, but got "
+                f"{length} <= {offset}. Use a longer recording or a smaller time offset."
+            )
+        set_fields(
+            self, length=jnp.asarray(length, jnp.int32), time_offset=jnp.asarray(offset, jnp.int32)
+        )
+
+    def propose(self, key: Array, batch_size: int) -> Proposal:
+        """Draw references and negatives; the query is the positive itself."""
+        steps = uniform_steps(key, (2, batch_size), self.length - self.time_offset)
+        return Proposal(steps[0], steps[1], steps[0] + self.time_offset)
+
+    def resolve(self, query: Array) -> Array:
+        """Return the query: it is the positive."""
+        return query
