@@ -1,4 +1,4 @@
-"""CEBRA's metrics in JAX: InfoNCE, goodness of fit and consistency, fast, seeded, with error bars."""
+"""CEBRA's metrics in JAX: InfoNCE and goodness of fit; fast, seeded, with error bars."""
 
 from cebra_jax_metrics import samplers
 from cebra_jax_metrics.checkpoints import (

@@ -1,5 +1,7 @@
 """Arrays that come from users: NumPy, JAX, torch (also with grad) and lists."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax import Array
@@ -11,7 +13,7 @@ def is_traced(*arrays: object) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
-def as_numpy(x: object) -> np.ndarray:
+def as_numpy(x: Any) -> np.ndarray:
     """Any array-like as NumPy, without copying where possible; torch tensors leave autograd."""
     if hasattr(x, "detach") and hasattr(x, "cpu"):
         x = x.detach().cpu()
@@ -21,15 +23,15 @@ def as_numpy(x: object) -> np.ndarray:
     return np.asarray(x)
 
 
-def as_array(x: object) -> Array | np.ndarray:
+def as_array(x: Any) -> Array | np.ndarray:
     """JAX arrays, traced or not, as they are; everything else as NumPy."""
     return x if isinstance(x, Array) else as_numpy(x)
 
 
-def as_integer(name: str, value: object, at_least: int) -> int:
+def as_integer(name: str, value: Any, at_least: int) -> int:
     """A Python integer, or an error that says what the argument has to be."""
     try:
-        number = value.__index__()  # type: ignore[attr-defined]
+        number = value.__index__()
     except (AttributeError, TypeError):
         raise TypeError(
             f"{name} has to be an integer, got {value!r} of type {type(value).__name__}."

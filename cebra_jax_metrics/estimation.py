@@ -46,7 +46,7 @@ class Estimate:
     per_batch: Array
     align: Array
     uniform: Array
-    num_negatives: ArrayLike
+    num_negatives: int | Array
 
     @property
     def bits(self) -> Array:

@@ -16,7 +16,6 @@ from sklearn.utils.validation import check_array
 from cebra_jax_metrics.arrays import as_integer, as_numpy
 from cebra_jax_metrics.checkpoints import from_cebra, load
 from cebra_jax_metrics.estimation import Estimate, estimate_infonce
-from cebra_jax_metrics.infonce import goodness_of_fit
 from cebra_jax_metrics.model import Checkpoint, Model, as_recording, select_encoder
 from cebra_jax_metrics.samplers import DeltaNormal, Discrete, Mixed, Sampler, Time, TimeDelta
 
@@ -198,7 +197,7 @@ def goodness_of_fit_history(model: Any) -> np.ndarray:
         model: A :class:`Checkpoint`, the path of one, or a fitted ``cebra.CEBRA``.
 
     Returns:
-        Bits ``(steps,)``. Several sessions were trained with a joint loss, over all their negatives.
+        Bits ``(steps,)``; several sessions are trained with a joint loss over all their negatives.
 
     Raises:
         sklearn.exceptions.NotFittedError: The estimator is not fitted.
@@ -279,8 +278,8 @@ def as_checkpoint(model: Any) -> Checkpoint:
         return load(model)
     if isinstance(model, Model):
         raise TypeError(
-            "A bare Model does not say how to sample: use estimate_infonce(key, model, X, sampler), "
-            "or pass a Checkpoint."
+            "A bare Model does not say how to sample: pass a Checkpoint, or use "
+            "estimate_infonce(key, model, X, sampler, ...)."
         )
     return from_cebra(model)
 
@@ -368,9 +367,7 @@ def _check_labels(
                 f"{label.shape}."
             )
         if not is_float and label.ndim == 2 and label.shape[1] > 1:
-            raise ValueError(
-                f"All discrete indices need to be one dimensional, got {label.shape}."
-            )
+            raise ValueError(f"All discrete indices need to be one dimensional, got {label.shape}.")
         if fitted is not None:
             entry = fitted[i] if isinstance(fitted[i], Mapping) else fitted[i][session_id or 0]
             _check_kind(entry, label)
@@ -391,7 +388,9 @@ def _check_kind(entry: Mapping[str, Any], label: np.ndarray) -> None:
             "Labels invalid: must have the same number of features as the ones used for fitting,"
             f"expects {fitted} features, got {given}."
         )
-    kinds = [np.issubdtype(np.dtype(_numpy_name(d)), np.floating) for d in (entry["dtype"], label.dtype)]
+    kinds = [
+        np.issubdtype(np.dtype(_numpy_name(d)), np.floating) for d in (entry["dtype"], label.dtype)
+    ]
     if kinds[0] != kinds[1]:
         raise ValueError(
             "Labels invalid: must have the same type of features as the ones used for fitting,"

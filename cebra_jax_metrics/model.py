@@ -71,7 +71,13 @@ class Model:
         return len(self.encoders)
 
     def __repr__(self) -> str:
-        return f"Model({', '.join(map(repr, self.encoders))}; {self.criterion!r})"
+        if len(self.encoders) == 1:
+            return f"Model({self.encoders[0]!r}, {self.criterion!r})"
+        first, neurons = self.encoders[0], "/".join(str(e.num_neurons) for e in self.encoders)
+        return (
+            f"Model({len(self.encoders)} sessions of {first.architecture!r}, {neurons} neurons -> "
+            f"{first.output_dimension} dimensions, {self.criterion!r})"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +182,7 @@ def as_recording(X: object, encoder: Encoder, session_id: int | None = None) -> 
             f"{encoder.receptive_field} is required by the receptive field of "
             f"{encoder.architecture!r}."
         )
-    if isinstance(X, np.ndarray) and not jax.config.jax_enable_x64 and X.dtype.itemsize > 4:
+    if isinstance(X, np.ndarray) and not jax.config.read("jax_enable_x64") and X.dtype.itemsize > 4:
         X = X.astype(np.float32)
     X = jnp.asarray(X)
     if not is_traced(X) and not jnp.isfinite(X).all():
@@ -216,6 +222,6 @@ def embed(
 _encode = jax.jit(Encoder.encode, static_argnames="pad")
 
 
-def _short(x: ArrayLike) -> str:
+def _short(x: Any) -> str:
     """A number as text, whatever it is: traced, stacked or a leaf that JAX put there."""
     return f"{float(x):g}" if not is_traced(x) and np.size(x) == 1 else "..."

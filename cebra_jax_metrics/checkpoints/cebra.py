@@ -138,7 +138,9 @@ def to_state_dict(model: Model | Checkpoint) -> dict[str, np.ndarray]:
         prefix = f"{session}." if is_multi else ""
         aliases = get_architecture(encoder.architecture).aliases(*encoder.sizes)
         names = {**{name: name for name in encoder.params}, **aliases}
-        state.update((prefix + name, np.array(encoder.params[owner])) for name, owner in names.items())
+        state.update(
+            (prefix + name, np.array(encoder.params[owner])) for name, owner in names.items()
+        )
     return state
 
 
@@ -167,7 +169,7 @@ def _from_payload(payload: Any) -> Checkpoint:
 
 
 def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
-    """CEBRA's arguments as plain values, the missing ones at their defaults, the used ones checked."""
+    """CEBRA's arguments as plain values: missing ones at their defaults, those used here checked."""
     settings = {**SETTINGS, **{str(name): _plain(value) for name, value in args.items()}}
     expected: dict[str, tuple[type, ...]] = {
         "model_architecture": (str,),
@@ -194,7 +196,9 @@ def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
         ("temperature_mode", ("constant", "auto")),
     ):
         if settings[name] not in known:
-            raise CheckpointError(f"setting {name} has to be one of {known}, got {settings[name]!r}.")
+            raise CheckpointError(
+                f"setting {name} has to be one of {known}, got {settings[name]!r}."
+            )
     if not settings["temperature"] > 0:
         raise CheckpointError(f"temperature has to be above 0, got {settings['temperature']!r}.")
     return settings
@@ -233,7 +237,9 @@ def _model(
         encoders.append(_encoder(own, prefix, settings))
     counted = sum(k.startswith(tuple(prefixes)) for k in parameters)
     if counted != len(parameters):
-        raise CheckpointError(f"the names of the parameters are mixed up: {sorted(parameters)[:8]}.")
+        raise CheckpointError(
+            f"the names of the parameters are mixed up: {sorted(parameters)[:8]}."
+        )
     learned = settings["temperature_mode"] == "auto"
     if learned and _LOG_INVERSE_TEMPERATURE not in criterion:
         raise CheckpointError(
@@ -241,7 +247,9 @@ def _model(
             "of the criterion."
         )
     temperature = (
-        np.exp(-_number(criterion[_LOG_INVERSE_TEMPERATURE])) if learned else settings["temperature"]
+        np.exp(-_number(criterion[_LOG_INVERSE_TEMPERATURE]))
+        if learned
+        else settings["temperature"]
     )
     return Model(
         tuple(encoders),

@@ -36,7 +36,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
             "Checkpoint(model)."
         )
     model = checkpoint.model
-    arrays = {
+    arrays: dict[str, Any] = {
         f"encoders.{i}.{name}": value
         for i, encoder in enumerate(model.encoders)
         for name, value in encoder.params.items()
@@ -142,14 +142,13 @@ def _encoder(entry: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Encoder:
     shapes = get_architecture(entry["architecture"]).shapes(*sizes)
     names = entry["params"] if shapes is None else shapes
     params = {
-        name: jnp.asarray(_take(arrays, prefix + name, shapes and shapes[name])) for name in names
+        name: jnp.asarray(_take(arrays, prefix + name, shapes[name] if shapes else None))
+        for name in names
     }
     return Encoder(params, entry["architecture"], *sizes)
 
 
-def _take(
-    arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...] | None
-) -> np.ndarray:
+def _take(arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...] | None) -> np.ndarray:
     """Remove an array from those that were read, checking that it is what it should be."""
     if name not in arrays:
         raise CheckpointError(f"{name} is missing.")

@@ -6,11 +6,10 @@ closed list of names, each standing for a function of this module. Nothing is im
 the file's choosing is called, no object outside the machine is touched.
 """
 
-import math
 import os
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,14 +67,14 @@ def _tensor(
     values = storage.values
     if 0 in size:
         return np.empty(size, values.dtype)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))  # type: ignore[operator]
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if last >= values.size:
         raise CheckpointError(
             f"a tensor of size {size}, strides {stride} and offset {offset} reaches beyond its "
             f"storage of {values.size} elements."
         )
     strides = [n * values.itemsize for n in stride]
-    return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)  # type: ignore[misc]
+    return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
 
 
 def _parameter(data: object, *rest: object) -> object:
@@ -99,11 +98,11 @@ def _scalar(kind: object, data: object) -> int | float | bool:
         isinstance(kind, DType) and isinstance(data, bytes) and len(data) == kind.dtype.itemsize
     ):
         raise CheckpointError("a NumPy scalar is not described as NumPy does it.")
-    return np.frombuffer(data, kind.dtype)[0].item()  # type: ignore[no-any-return]
+    return np.frombuffer(data, kind.dtype)[0].item()
 
 
 def _ordered_dict(items: object = ()) -> dict[object, object]:
-    return dict(items)  # type: ignore[call-overload, no-any-return]
+    return dict(items)
 
 
 def _size(dimensions: object = ()) -> tuple[object, ...]:
@@ -122,7 +121,18 @@ _STORAGES = {
     "ByteStorage": "<u1",
     "BoolStorage": "?",
 }
-_DTYPES = "float16 bfloat16 float32 float64 uint8 int8 int16 int32 int64 bool".split()
+_DTYPES = [
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "bool",
+]
 
 _VALUES: dict[_Global, object] = {
     **{_Global("torch", name): _StorageType(np.dtype(d)) for name, d in _STORAGES.items()},
@@ -143,7 +153,7 @@ _FUNCTIONS: dict[_Global, Callable[..., object]] = {
 
 
 class _Machine:
-    """Executes the opcodes of pickle protocol 2 that torch.save writes, on a stack of plain data."""
+    """Executes the pickle opcodes that torch.save writes (protocol 2), on a stack of plain data."""
 
     def __init__(self, archive: "_Archive") -> None:
         self.archive = archive
@@ -153,7 +163,8 @@ class _Machine:
 
     def run(self, pickle: bytes) -> object:
         """Return what the pickle describes."""
-        for opcode, argument, _ in pickletools.genops(pickle):
+        operations: Iterator[tuple[Any, Any, Any]] = pickletools.genops(pickle)
+        for opcode, argument, _ in operations:
             name = opcode.name
             if name in _PUSH_ARGUMENT:
                 self.stack.append(argument)
@@ -210,8 +221,8 @@ class _Machine:
             case Offset(), (None, {"left": int(left), "right": int(right)}):
                 target.left, target.right = left, right
             case DType(), (_, str(order), *_) if order in tuple("<>|="):
-                target.dtype = target.dtype.newbyteorder(order)
-            case (dict() | str()), dict():
+                target.dtype = target.dtype.newbyteorder(order)  # type: ignore[arg-type]
+            case ((dict() | str()), dict()):
                 pass  # torch's notes on a state dict, a version's attributes
             case _:
                 raise CheckpointError("its pickle sets the state of what has none.")
@@ -224,7 +235,7 @@ class _Machine:
                 raise CheckpointError("a storage is not described as torch does it.")
 
 
-_PUSH_ARGUMENT = frozenset("BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE".split())
+_PUSH_ARGUMENT = frozenset(["BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"])
 _PUSH_NEW: dict[str, Callable[[], object]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,
@@ -257,8 +268,8 @@ def _look_up(module: str, name: str) -> object:
     if key in _VALUES:
         return _VALUES[key]
     raise CheckpointError(
-        f"it asks for {module}.{name}, which no CEBRA checkpoint needs; it was refused, and nothing "
-        "of the file was executed."
+        f"it asks for {module}.{name}, which no CEBRA checkpoint needs; it was refused, and "
+        "nothing of the file was executed."
     )
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ class Architecture(Protocol):
     """
 
     @property
-    def offset(self) -> tuple[int, int]: ...
+    def offset(self) -> tuple[int, int]:
+        """Steps before, and from, the current one on."""
+        ...
 
     def init(self, key: Array, neurons: int, units: int, outputs: int) -> dict[str, Array]:
         """Draw parameters."""
@@ -118,7 +121,7 @@ class _Registered:
 def _mlp(widths: tuple[int, ...], *tail: Layer) -> Stack:
     """Linear layers with GELU between them."""
     layers: list[Layer] = [FLATTEN]
-    for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [Linear(inputs, outputs), GELU]
     return (*layers[:-1], *tail)
 
@@ -142,14 +145,18 @@ def _mse(tail: tuple[Layer, ...], n: int, h: int, d: int) -> Stack:
     return _mlp((n, 30 * d, 30 * d, 10 * d, d), *tail)
 
 
-def _mse_tied(blocks: int, residual: bool, tail: tuple[Layer, ...], n: int, h: int, d: int) -> Stack:
+def _mse_tied(
+    blocks: int, residual: bool, tail: tuple[Layer, ...], n: int, h: int, d: int
+) -> Stack:
     wrap: Callable[[Linear], Layer] = SkipLinear if residual else lambda linear: linear
     tied = wrap(Linear(h, h)), GELU
     head = FLATTEN, wrap(Linear(n, h)), GELU
     return (*head, *tied * blocks, wrap(Linear(h, h // 2)), GELU, Linear(h // 2, d), *tail)
 
 
-def _convolutional(blocks: int, last: int, tail: tuple[Layer, ...], n: int, h: int, d: int) -> Stack:
+def _convolutional(
+    blocks: int, last: int, tail: tuple[Layer, ...], n: int, h: int, d: int
+) -> Stack:
     skips = (Skip((Conv(h, h, 3), GELU), crop=1) for _ in range(blocks))
     return (Conv(n, h, 2), GELU, *skips, Conv(h, d, last), *tail)
 
@@ -207,8 +214,8 @@ _ARCHITECTURES = _cebra_architectures()
 _BUILT_IN = frozenset(_ARCHITECTURES)
 # What CEBRA has besides, and why it is not here.
 _REFUSED = {
-    r"supervised\d+-model": "it is trained to predict labels, so that InfoNCE says nothing of it",
-    r"offset\d+-model-\dx-subsample|resample\d?-model": "subsampling encoders are not supported yet",
+    r"supervised\d+-model": "supervised models predict labels, InfoNCE says nothing of them",
+    r"offset\d+-model-\dx-subsample|resample\d?-model": "subsampling is not supported yet",
 }
 
 

@@ -103,9 +103,8 @@ class Encoder:
         return jnp.clip(steps, left, num_steps - right) - left
 
     def __repr__(self) -> str:
-        count = sum(jnp.size(x) for x in self.params.values())
         neurons, units, outputs = self.sizes
         return (
             f"Encoder({self.architecture!r}, {neurons} neurons -> {units} units -> {outputs} "
-            f"dimensions, {count} parameters)"
+            "dimensions)"
         )

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import as_array, as_integer, as_key, is_traced
 
 T = TypeVar("T")
+Leaf = Any  # anything array-like when a user passes it, an array once the sampler is made
 
 
 class Batch(NamedTuple):
@@ -107,7 +109,7 @@ def set_fields(self: Any, **values: Any) -> None:
         object.__setattr__(self, name, value)
 
 
-def uniform_steps(key: Array, shape: tuple[int, ...], stop: Array) -> Array:
+def uniform_steps(key: Array, shape: tuple[int, ...], stop: ArrayLike) -> Array:
     """Uniform draws from ``[0, stop)``, int32 whether or not JAX runs in x64."""
     return jax.random.randint(key, shape, 0, stop, dtype=jnp.int32)
 

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from cebra_jax_metrics.arrays import as_integer, is_traced
 from cebra_jax_metrics.neighbors import nearest
 from cebra_jax_metrics.samplers.base import (
+    Leaf,
     Proposal,
     SampleInTwoSteps,
     as_continuous,
@@ -57,9 +58,9 @@ class TimeDelta(SampleInTwoSteps):
     Source: CEBRA 0.6.1 ``cebra.distributions.continuous.TimedeltaDistribution``.
     """
 
-    labels: Array
-    time_offset: ArrayLike = 1
-    length: ArrayLike | None = None
+    labels: Leaf
+    time_offset: Leaf = 1
+    length: Leaf = None
 
     def __post_init__(self) -> None:
         labels = as_continuous(self.labels)
@@ -100,9 +101,9 @@ class DeltaNormal(SampleInTwoSteps):
     Source: CEBRA 0.6.1 ``cebra.distributions.continuous.DeltaNormalDistribution``.
     """
 
-    labels: Array
-    delta: ArrayLike
-    length: ArrayLike | None = None
+    labels: Leaf
+    delta: Leaf
+    length: Leaf = None
 
     def __post_init__(self) -> None:
         labels = as_continuous(self.labels)

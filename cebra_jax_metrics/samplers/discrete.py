@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.samplers.base import (
+    Leaf,
     Proposal,
     SampleInTwoSteps,
     as_discrete,
@@ -35,7 +36,9 @@ def uniform_over_values(
     place = jnp.arange(len(values), dtype=jnp.int32)
     is_first = (place == 0) | (values != jnp.roll(values, 1))
     is_first &= place < length
-    starts = jnp.nonzero(is_first, size=len(values) + 1, fill_value=len(values))[0].astype(jnp.int32)
+    starts = jnp.nonzero(is_first, size=len(values) + 1, fill_value=len(values))[0].astype(
+        jnp.int32
+    )
     value = uniform_steps(which, shape, jnp.sum(is_first))
     stop = jnp.minimum(starts[value + 1], length)
     return order[jax.random.randint(within, shape, starts[value], stop, dtype=jnp.int32)]
@@ -68,9 +71,9 @@ class Discrete(SampleInTwoSteps):
     share of values that never occur to a single time step).
     """
 
-    labels: Array
+    labels: Leaf
     prior: Literal["empirical", "uniform"] = "empirical"
-    length: ArrayLike | None = None
+    length: Leaf = None
 
     def __post_init__(self) -> None:
         if self.prior not in ("empirical", "uniform"):

@@ -2,10 +2,10 @@
 
 import jax
 from jax import Array
-from jax.typing import ArrayLike
 
 from cebra_jax_metrics.neighbors import nearest
 from cebra_jax_metrics.samplers.base import (
+    Leaf,
     Proposal,
     SampleInTwoSteps,
     as_continuous,
@@ -20,7 +20,7 @@ from cebra_jax_metrics.samplers.discrete import uniform_over_values
 
 @pytree()
 class Mixed(SampleInTwoSteps):
-    """Positives as with ``TimeDelta``, but among the time steps with the reference's discrete label.
+    """Positives as with ``TimeDelta``, among the steps with the reference's discrete label.
 
     References and negatives are uniform over the discrete values that occur, then over the time
     steps of that value.
@@ -38,10 +38,10 @@ class Mixed(SampleInTwoSteps):
     Source: CEBRA 0.6.1 ``cebra.distributions.mixed.MixedTimeDeltaDistribution``.
     """
 
-    discrete: Array
-    continuous: Array
-    time_offset: ArrayLike = 1
-    length: ArrayLike | None = None
+    discrete: Leaf
+    continuous: Leaf
+    time_offset: Leaf = 1
+    length: Leaf = None
 
     def __post_init__(self) -> None:
         discrete, continuous = as_discrete(self.discrete), as_continuous(self.continuous)

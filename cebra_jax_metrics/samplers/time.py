@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import as_integer, is_traced
 from cebra_jax_metrics.samplers.base import (
+    Leaf,
     Proposal,
     SampleInTwoSteps,
     pytree,
@@ -28,8 +28,8 @@ class Time(SampleInTwoSteps):
     Source: CEBRA 0.6.1 ``cebra.distributions.continuous.TimeContrastive``.
     """
 
-    length: ArrayLike
-    time_offset: ArrayLike = 1
+    length: Leaf
+    time_offset: Leaf = 1
 
     def __post_init__(self) -> None:
         if is_traced(self.length, self.time_offset):

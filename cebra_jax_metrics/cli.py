@@ -1,0 +1,249 @@
+"""The command ``cebra-jax-metrics``."""
+
+import argparse
+import functools
+import json
+import math
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from cebra_jax_metrics.arrays import as_integer
+from cebra_jax_metrics.checkpoints import load, save
+from cebra_jax_metrics.demo import describe_demo
+from cebra_jax_metrics.infonce import chance_level
+from cebra_jax_metrics.metrics import goodness_of_fit_history, score
+from cebra_jax_metrics.model import Checkpoint, select_encoder
+
+SCHEMA_VERSION = 1
+BATCHES_PER_TICK = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0, or 2 for a mistake in what was asked."""
+    arguments = _parser().parse_args(argv)
+    try:
+        print(arguments.run(arguments))
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+        message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        print(f"cebra-jax-metrics: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cebra-jax-metrics",
+        description="Score CEBRA models: InfoNCE and goodness of fit, with standard errors.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("score", help="goodness of fit of a model on a recording")
+    command.add_argument("model", metavar="MODEL", help="file of cebra.CEBRA.save, or our own")
+    command.add_argument("data", metavar="DATA.npz", help="file of numpy.savez")
+    command.add_argument(
+        "--data",
+        dest="data_name",
+        metavar="NAME",
+        help="array of the recording (time, neurons); default: the only one of the model's width",
+    )
+    command.add_argument(
+        "--labels",
+        nargs="*",
+        metavar="NAME",
+        help="arrays of labels, in the order of fitting; default: those that fit the model's",
+    )
+    command.add_argument("--rows", metavar="A:B", type=_rows, help="use time steps A to B-1 only")
+    command.add_argument(
+        "--session", type=int, metavar="I", help="session of the recording, from 0"
+    )
+    command.add_argument("--num-batches", type=int, default=500, metavar="N", help="default: 500")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=_score)
+
+    command = commands.add_parser("info", help="what a checkpoint holds")
+    command.add_argument("model", metavar="MODEL", help="file of cebra.CEBRA.save, or our own")
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser("convert", help="convert CEBRA's file into a safetensors file")
+    command.add_argument("model", metavar="MODEL.pt", help="file of cebra.CEBRA.save")
+    command.add_argument("out", metavar="OUT.safetensors", help="file to write")
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser("demo", help="score a model that comes with the package")
+    command.set_defaults(run=lambda arguments: describe_demo())
+    return parser
+
+
+def _score(arguments: argparse.Namespace) -> str:
+    checkpoint = load(arguments.model)
+    X, labels = _arrays(checkpoint, arguments)
+    rows = arguments.rows or slice(None)
+    chunks = functools.partial(
+        tqdm, unit="batches", unit_scale=BATCHES_PER_TICK, delay=1, disable=None, leave=False
+    )
+    estimate = score(
+        checkpoint,
+        X[rows],
+        *(label[rows] for label in labels),
+        session_id=arguments.session,
+        num_batches=arguments.num_batches,
+        key=jax.random.key(as_integer("seed", arguments.seed, at_least=0)),
+        chunk_size=BATCHES_PER_TICK,
+        progress=chunks,
+    )
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "goodness_of_fit_bits": float(estimate.bits),
+        "goodness_of_fit_stderr_bits": float(estimate.bits_stderr),
+        "infonce_nats": float(estimate.loss),
+        "infonce_stderr_nats": float(estimate.stderr),
+        "align_nats": float(estimate.align),
+        "uniform_nats": float(estimate.uniform),
+        "chance_nats": float(chance_level(estimate.num_negatives)),
+        "num_negatives": int(estimate.num_negatives),
+        "num_batches": arguments.num_batches,
+        "num_steps": len(X[rows]),
+        "session": arguments.session,
+        "seed": arguments.seed,
+    }
+    if arguments.json:
+        is_nan = {k for k, v in result.items() if isinstance(v, float) and math.isnan(v)}
+        return json.dumps({k: None if k in is_nan else v for k, v in result.items()})
+    return (
+        "goodness of fit  {goodness_of_fit_bits:.4f} ± {goodness_of_fit_stderr_bits:.4f} bits\n"
+        "InfoNCE          {infonce_nats:.4f} ± {infonce_stderr_nats:.4f} nats "
+        "(align {align_nats:.4f}, uniform {uniform_nats:.4f}, chance {chance_nats:.4f})\n"
+        "from             {num_batches} batches of {num_negatives} on {num_steps} time steps"
+    ).format(**result)
+
+
+def _info(arguments: argparse.Namespace) -> str:
+    checkpoint = load(arguments.model)
+    encoders, criterion = checkpoint.model.encoders, checkpoint.model.criterion
+    first = encoders[0]
+    kind = "learned" if criterion.learned else "fixed"
+    lines = [
+        ("architecture", f"{first.architecture}, window of {first.receptive_field} time steps"),
+        ("sizes", f"{first.num_hidden_units} hidden units, {first.output_dimension} dimensions"),
+        (
+            "sessions",
+            f"{len(encoders)}, neurons: {', '.join(str(e.num_neurons) for e in encoders)}",
+        ),
+        ("similarity", criterion.similarity),
+        ("temperature", f"{float(criterion.effective_temperature):g}, {kind}"),
+    ]
+    names = ("batch_size", "conditional", "time_offsets", "delta", "hybrid")
+    settings = {name: checkpoint.settings.get(name) for name in names}
+    lines.append(("settings", ", ".join(f"{name} {value}" for name, value in settings.items())))
+    for i, fitted in enumerate(checkpoint.settings.get("label_types") or ()):
+        sessions = fitted if isinstance(fitted, list) else [fitted]
+        shapes = ", ".join(f"{one['dtype']} {tuple(one['shape'])}" for one in sessions)
+        lines.append((f"labels {i}", shapes))
+    lines.append(("history", _history(checkpoint)))
+    versions = (f"{name.removesuffix('_version')} {v}" for name, v in checkpoint.metadata.items())
+    lines.append(("written by", ", ".join(versions) or "unknown"))
+    return "\n".join(f"{name:13}{text}" for name, text in lines)
+
+
+def _history(checkpoint: Checkpoint) -> str:
+    try:
+        bits = goodness_of_fit_history(checkpoint)
+    except (ValueError, NotImplementedError) as error:
+        steps = len(checkpoint.history.get("total", ()))
+        return f"{steps} steps; no bits: {error}"
+    marks = sorted({0, len(bits) // 4, len(bits) // 2, 3 * len(bits) // 4, len(bits) - 1})
+    values = ", ".join(f"{bits[i]:.3f} (step {i + 1})" for i in marks)
+    return f"{len(bits)} steps; bits: {values}"
+
+
+def _convert(arguments: argparse.Namespace) -> str:
+    source, target = Path(arguments.model), Path(arguments.out)
+    if target.exists() and target.samefile(source):
+        raise ValueError("The file to write is the one to read; choose another name.")
+    checkpoint = load(source)
+    save(checkpoint, target)
+    return f"{target}: {checkpoint!r}"
+
+
+def _rows(text: str) -> slice:
+    start, colon, stop = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return slice(int(start) if start else None, int(stop) if stop else None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected A:B, A: or :B, got {text!r}") from None
+
+
+def _arrays(
+    checkpoint: Checkpoint, arguments: argparse.Namespace
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The recording and its labels, chosen by name or because they alone fit the model."""
+    arrays = _read_npz(arguments.data)
+    neurons = select_encoder(checkpoint, arguments.session).num_neurons
+    name = arguments.data_name or _only(
+        [n for n, x in arrays.items() if x.ndim == 2 and x.shape[1] == neurons],
+        f"recording with {neurons} neurons",
+        "--data",
+        arrays,
+    )
+    X = _named(arrays, name)
+    if arguments.labels is not None:
+        return X, [_named(arrays, label) for label in arguments.labels]
+    candidates = {
+        n: x for n, x in arrays.items() if n != name and x.ndim in (1, 2) and len(x) == len(X)
+    }
+    fitted = checkpoint.settings.get("label_types")
+    if fitted is None:
+        raise ValueError("The checkpoint does not say what labels it needs: name them (--labels).")
+    labels = []
+    for entry in fitted:
+        entry = entry[arguments.session or 0] if isinstance(entry, list) else entry
+        fits = [n for n, x in candidates.items() if _kind(x.dtype, x.shape) == _kind(**entry)]
+        chosen = _only(fits, f"{entry['dtype']} labels like {entry['shape']}", "--labels", arrays)
+        labels.append(candidates.pop(chosen))
+    return X, labels
+
+
+def _kind(dtype: Any, shape: Sequence[int]) -> tuple[bool, int]:
+    """Whether labels are continuous, and their width."""
+    return "float" in str(dtype), int(shape[1]) if len(shape) > 1 else 1
+
+
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+    with Path(path).open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"Cannot read {path!r}: expected an .npz file, as numpy.savez writes.")
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                return {name: data[name] for name in data.files}
+        except Exception as error:  # whatever NumPy stumbles over in a damaged file
+            raise ValueError(f"Cannot read {path!r} as an .npz file ({error}).") from error
+
+
+def _named(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in arrays:
+        raise ValueError(f"There is no array {name!r} in the file; it has {_listed(arrays)}.")
+    return arrays[name]
+
+
+def _only(names: list[str], what: str, option: str, arrays: dict[str, np.ndarray]) -> str:
+    if len(names) != 1:
+        found = "no" if not names else "more than one"
+        raise ValueError(
+            f"Found {found} array for the {what}: choose with {option}; the file has "
+            f"{_listed(arrays)}."
+        )
+    return names[0]
+
+
+def _listed(arrays: dict[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {x.dtype}{x.shape}" for name, x in arrays.items())
