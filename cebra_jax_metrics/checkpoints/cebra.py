@@ -169,7 +169,7 @@ def _from_payload(payload: Any) -> Checkpoint:
 
 
 def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
-    """CEBRA's arguments as plain values: missing ones at their defaults, those used here checked."""
+    """CEBRA's arguments as plain values: missing ones at their defaults, used ones checked."""
     settings = {**SETTINGS, **{str(name): _plain(value) for name, value in args.items()}}
     expected: dict[str, tuple[type, ...]] = {
         "model_architecture": (str,),

@@ -101,7 +101,7 @@ def _scalar(kind: object, data: object) -> int | float | bool:
     return np.frombuffer(data, kind.dtype)[0].item()
 
 
-def _ordered_dict(items: object = ()) -> dict[object, object]:
+def _ordered_dict(items: Any = ()) -> dict[object, object]:
     return dict(items)
 
 
