@@ -118,10 +118,7 @@ def infonce(
     >>> abs(float(goodness_of_fit(loss, num_negatives=4))) < 1e-6
     True
     """
-    reference, positive, negative = (
-        jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
-        for x in (reference, positive, negative)
-    )
+    reference, positive, negative = map(_at_least_float32, (reference, positive, negative))
     _check_shapes(reference, positive, negative)
     phi = _similarity_function(similarity)
     temperature = jnp.asarray(temperature).astype(reference.dtype)
@@ -164,8 +161,14 @@ def goodness_of_fit(loss: ArrayLike, num_negatives: ArrayLike) -> Array:
     >>> float(goodness_of_fit(0.0, num_negatives=8))
     3.0
     """
-    loss = jnp.asarray(loss, dtype=jnp.promote_types(jnp.result_type(loss), jnp.float32))
+    loss = _at_least_float32(loss)
     return (chance_level(num_negatives).astype(loss.dtype) - loss) / jnp.log(2.0).astype(loss.dtype)
+
+
+def _at_least_float32(x: ArrayLike) -> Array:
+    x = jnp.asarray(x)
+    is_wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4
+    return x if is_wide else x.astype(jnp.float32)
 
 
 def _similarity_function(similarity: str | Similarity) -> Similarity:

@@ -251,7 +251,7 @@ def infonce_to_goodness_of_fit(
         if hasattr(model, "get_params") and not hasattr(model, "n_features_"):
             raise RuntimeError("Fit the CEBRA model first.")
         settings = as_checkpoint(model).settings
-        batch_size, num_sessions = settings["batch_size"], settings["num_sessions"] or 1
+        batch_size, num_sessions = settings.get("batch_size"), settings.get("num_sessions") or 1
         if batch_size is None:
             raise ValueError(
                 "Computing the goodness of fit is not yet supported for models trained on the full "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
 from jax import Array
 
 from cebra_jax_metrics.arrays import as_integer
@@ -85,7 +86,7 @@ class _Layered:
         return self.stack(neurons, units, outputs)
 
     def init(self, key: Array, neurons: int, units: int, outputs: int) -> dict[str, Array]:
-        return initialise(key, self.shapes(neurons, units, outputs))
+        return initialise(key, tuple(self.shapes(neurons, units, outputs).items()))
 
     def shapes(self, neurons: int, units: int, outputs: int) -> Shapes:
         return chain_shapes(self._layers(neurons, units, outputs), "net")
@@ -275,4 +276,6 @@ def register_architecture(
         raise TypeError("init and apply have to be functions.")
     left, right = offset
     offset = as_integer("offset[0]", left, at_least=0), as_integer("offset[1]", right, at_least=1)
+    if name in _ARCHITECTURES:
+        jax.clear_caches()  # compiled functions know an architecture by its name
     _ARCHITECTURES[name] = _Registered(offset, init, apply)

@@ -7,6 +7,7 @@ A layer knows the shapes of its parameters by torch's names (``weight``, ``bias`
 layouts, so that a torch state dict needs no conversion.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -177,19 +178,22 @@ def apply_chain(layers: tuple[Layer, ...], params: Parameters, name: str, x: Arr
     return x
 
 
-def initialise(key: Array, shapes: Shapes) -> dict[str, Array]:
+@functools.partial(jax.jit, static_argnames="shapes")
+def initialise(key: Array, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
     """Draw parameters as torch's default does: uniform within ±1/√(inputs x taps) of the layer.
+
+    Args:
+        key: A JAX PRNG key.
+        shapes: The items of a :data:`Shapes`.
 
     Source: torch ``nn.Linear.reset_parameters``, ``nn.Conv1d.reset_parameters``.
     """
-    keys = jax.random.split(key, len(shapes))
+    by_name = dict(shapes)
 
-    def draw(key: Array, name: str, shape: tuple[int, ...]) -> Array:
-        weight = shapes[f"{name.rpartition('.')[0]}.weight"]
+    def draw(key: Array, name: str) -> Array:
+        weight = by_name[f"{name.rpartition('.')[0]}.weight"]
         bound = 1 / math.sqrt(math.prod(weight[1:]))
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+        return jax.random.uniform(key, by_name[name], jnp.float32, -bound, bound)
 
-    return {
-        name: draw(key, name, shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    keys = jax.random.split(key, len(by_name))
+    return {name: draw(key, name) for key, name in zip(keys, by_name, strict=True)}

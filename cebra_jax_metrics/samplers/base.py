@@ -124,9 +124,12 @@ def as_continuous(labels: object) -> Array:
         )
     if not (np.issubdtype(labels.dtype, np.number) or jnp.issubdtype(labels.dtype, jnp.floating)):
         raise TypeError(f"Continuous labels have to be numbers, got dtype {labels.dtype}.")
-    labels = jnp.asarray(labels.astype(np.float32))
+    with np.errstate(over="ignore"):
+        labels = jnp.asarray(labels.astype(np.float32))
     if not is_traced(labels) and not np.isfinite(labels).all():
-        raise ValueError("Labels contain NaN or infinity; drop these time steps from X and labels.")
+        raise ValueError(
+            "Labels contain NaN or infinity (in float32); drop these time steps from X and labels."
+        )
     return labels.reshape(labels.shape[0], -1)
 
 

@@ -19,18 +19,14 @@ from cebra_jax_metrics.samplers.base import (
 )
 
 
-def label_changes(
-    key: Array, labels: Array, time_offset: ArrayLike, length: ArrayLike, batch_size: int
-) -> Array:
-    """Draw from the changes of labels over ``time_offset`` steps; 0 before that many have passed.
+def label_change(labels: Array, steps: Array, time_offset: ArrayLike) -> Array:
+    """How labels changed over the ``time_offset`` steps before each of ``steps``.
 
     Returns:
-        ``(batch, features)``.
+        ``(len(steps), features)``; 0 where not that many steps have passed.
     """
-    later = uniform_steps(key, (batch_size,), length)
-    earlier = jnp.maximum(later - time_offset, 0)
-    has_past = (later >= time_offset)[:, None]
-    return jnp.where(has_past, labels[later] - labels[earlier], jnp.zeros((), labels.dtype))
+    change = labels[steps] - labels[jnp.maximum(steps - time_offset, 0)]
+    return jnp.where((steps >= time_offset)[:, None], change, jnp.zeros((), labels.dtype))
 
 
 def as_time_offset(time_offset: ArrayLike) -> Array:
@@ -73,10 +69,9 @@ class TimeDelta(SampleInTwoSteps):
 
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; queries are labels ``(batch, features)``."""
-        prior, change = jax.random.split(key)
-        steps = uniform_steps(prior, (2, batch_size), self.length)
-        delta = label_changes(change, self.labels, self.time_offset, self.length, batch_size)
-        return Proposal(steps[0], steps[1], self.labels[steps[0]] + delta)
+        reference, negative, step = uniform_steps(key, (3, batch_size), self.length)
+        change = label_change(self.labels, step, self.time_offset)
+        return Proposal(reference, negative, self.labels[reference] + change)
 
     def resolve(self, query: Array) -> Array:
         """Find the time steps whose labels are nearest."""

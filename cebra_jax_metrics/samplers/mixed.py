@@ -13,8 +13,9 @@ from cebra_jax_metrics.samplers.base import (
     as_length,
     pytree,
     set_fields,
+    uniform_steps,
 )
-from cebra_jax_metrics.samplers.delta import as_time_offset, label_changes
+from cebra_jax_metrics.samplers.delta import as_time_offset, label_change
 from cebra_jax_metrics.samplers.discrete import uniform_over_values
 
 
@@ -62,8 +63,11 @@ class Mixed(SampleInTwoSteps):
         """Draw references and negatives; queries are continuous labels and discrete ones."""
         prior, change = jax.random.split(key)
         steps = uniform_over_values(prior, self.discrete, self.length, (2, batch_size))
-        delta = label_changes(change, self.continuous, self.time_offset, self.length, batch_size)
-        query = self.continuous[steps[0]] + delta, self.discrete[steps[0]]
+        step = uniform_steps(change, (batch_size,), self.length)
+        query = (
+            self.continuous[steps[0]] + label_change(self.continuous, step, self.time_offset),
+            self.discrete[steps[0]],
+        )
         return Proposal(steps[0], steps[1], query)
 
     def resolve(self, query: tuple[Array, Array]) -> Array:

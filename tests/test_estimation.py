@@ -1,0 +1,251 @@
+"""Estimates: draw, evaluate, average; under JAX's transformations; traces, dtypes, lowering."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cebra_jax_metrics import (
+    Checkpoint,
+    Criterion,
+    Encoder,
+    Model,
+    draw,
+    embed,
+    estimate_infonce,
+    estimation,
+    evaluate,
+    goodness_of_fit,
+    infonce,
+)
+from cebra_jax_metrics.neighbors import nearest_under_jit
+from cebra_jax_metrics.samplers import Batch, Time, TimeDelta, base
+
+from .conftest import GOLDEN
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(120, 6)).astype(np.float32)
+LABELS = RNG.normal(size=(120, 2)).cumsum(0).astype(np.float32)
+SAMPLER = TimeDelta(LABELS, 3)
+SIZES = dict(batch_size=16, num_batches=10)
+
+
+def make_model(seed=0, name="offset5-model", **criterion):
+    encoder = Encoder.init(jax.random.key(seed), name, 6, 8, 3)
+    return Model((encoder,), Criterion(**criterion))
+
+
+MODEL = make_model()
+
+
+def test_estimate_is_draw_then_evaluate_then_mean():
+    estimate = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES)
+    batch = draw(KEY, SAMPLER, 16, 10)
+    each = evaluate(MODEL, X, batch)
+    np.testing.assert_array_equal(estimate.per_batch, each.loss)
+    np.testing.assert_allclose(estimate.loss, np.mean(each.loss), rtol=1e-6)
+    np.testing.assert_allclose(estimate.align, np.mean(each.align), rtol=1e-6)
+    np.testing.assert_allclose(estimate.uniform, np.mean(each.uniform), rtol=1e-6)
+    stderr = np.std(each.loss, ddof=1) / np.sqrt(10)
+    np.testing.assert_allclose(estimate.stderr, stderr, rtol=1e-5)
+    np.testing.assert_allclose(estimate.bits, goodness_of_fit(estimate.loss, 16), rtol=1e-6)
+    np.testing.assert_allclose(estimate.bits_stderr, stderr / np.log(2), rtol=1e-5)
+    assert estimate.num_negatives == 16
+    assert "bits" in repr(estimate)
+
+
+def test_evaluate_is_infonce_of_clamped_windows():
+    batch = draw(KEY, Time(120, 1), 16, 2)
+    edges = jnp.asarray([[0, 1, 118, 119] * 4] * 2, jnp.int32)
+    batch = Batch(edges, batch.positive, edges[:, ::-1])
+    z = embed(MODEL, X, pad=False)
+    rows = [np.clip(steps, 2, 120 - 3) - 2 for steps in batch]
+    expected = [infonce(*(z[r[i]] for r in rows)) for i in range(2)]
+    found = evaluate(MODEL, X, batch)
+    np.testing.assert_allclose(found.loss, [e.loss for e in expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 10, 100])
+def test_chunks_change_nothing(chunk_size):
+    expected = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES)
+    found = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES, chunk_size=chunk_size)
+    np.testing.assert_array_equal(found.per_batch, expected.per_batch)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+def test_one_batch_has_no_standard_error():
+    estimate = estimate_infonce(KEY, MODEL, X, SAMPLER, batch_size=16, num_batches=1)
+    assert np.isfinite(estimate.loss)
+    assert np.isnan(estimate.stderr)
+
+
+def test_under_jit_with_everything_an_argument():
+    jitted = jax.jit(lambda *arguments: estimate_infonce(*arguments, **SIZES))
+    found = jitted(KEY, MODEL, X, SAMPLER)
+    chex.assert_trees_all_close(found, estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES), rtol=1e-5)
+
+
+def test_gradient_with_respect_to_model_and_recording():
+    model = make_model(name="offset1-model-mse", similarity="euclidean", temperature=0.7)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model)
+        recording = jnp.asarray(X, jnp.float64)
+
+        def bits(model, recording):
+            return estimate_infonce(KEY, model, recording, SAMPLER, **SIZES).bits
+
+        gradient = jax.grad(bits, argnums=(0, 1))(wide, recording)
+        direction = jax.tree.map(
+            lambda x: jnp.asarray(np.random.default_rng(1).normal(size=np.shape(x))),
+            (wide, recording),
+        )
+        step = 1e-5
+        ahead, behind = (
+            bits(*jax.tree.map(lambda x, d, s=s: x + s * d, (wide, recording), direction))
+            for s in (step, -step)
+        )
+        slope = sum(
+            jnp.vdot(g, d)
+            for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+        )
+        np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=1e-6)
+
+
+def test_stacked_models():
+    models = [make_model(seed, temperature=jnp.asarray(0.5 + seed)) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
+    found = jax.vmap(lambda m: estimate_infonce(KEY, m, X, SAMPLER, **SIZES).bits)(stacked)
+    expected = [estimate_infonce(KEY, m, X, SAMPLER, **SIZES).bits for m in models]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    each = jax.vmap(lambda m: evaluate(m, X, draw(KEY, SAMPLER, 16, 4)).loss)(stacked)
+    assert each.shape == (3, 4)
+
+
+def test_learned_temperature_is_clamped():
+    low = make_model(temperature=0.01, learned=True, min_temperature=0.2)
+    at_limit = make_model(temperature=0.2)
+    batch = draw(KEY, SAMPLER, 16, 2)
+    chex.assert_trees_all_close(evaluate(low, X, batch), evaluate(at_limit, X, batch), rtol=1e-6)
+    gradient = jax.grad(lambda m: evaluate(m, X, batch).loss.sum())
+    assert gradient(low).criterion.temperature == 0
+    fixed_low = make_model(temperature=0.01, min_temperature=0.2)
+    assert gradient(fixed_low).criterion.temperature != 0
+
+
+def test_one_trace_per_signature(monkeypatch):
+    """Other keys, values and true lengths of the same shapes compile nothing anew."""
+    pairs = [(estimation, "_propose"), (estimation, "_losses"), (estimation, "_windows")]
+    for module, name in pairs:
+        jitted = getattr(module, name)
+        counted = chex.assert_max_traces(jitted.__wrapped__, n=1)
+        statics = {"_propose": ("batch_size", "num_batches")}.get(name, ())
+        monkeypatch.setattr(module, name, jax.jit(counted, static_argnames=statics))
+    for seed in range(3):
+        sampler = TimeDelta(LABELS + seed, 3 + seed, length=110 + seed)
+        estimate_infonce(jax.random.key(seed), make_model(seed), X + seed, sampler, **SIZES)
+
+
+def test_dtypes_in_and_out():
+    assert estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES).loss.dtype == jnp.float32
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), MODEL)
+    estimate = estimate_infonce(KEY, half, X, SAMPLER, **SIZES)
+    assert estimate.loss.dtype == jnp.float32
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), MODEL)
+        estimate = estimate_infonce(KEY, wide, X.astype(np.float64), SAMPLER, **SIZES)
+        assert estimate.loss.dtype == jnp.float64
+        narrow = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES)
+        assert narrow.loss.dtype == jnp.float32
+    np.testing.assert_allclose(estimate.loss, narrow.loss, rtol=1e-5)
+
+
+def test_checkpoint_in_place_of_a_model():
+    found = estimate_infonce(KEY, Checkpoint(MODEL), X, SAMPLER, **SIZES)
+    chex.assert_trees_all_equal(found, estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES))
+
+
+def test_the_same_numbers_on_every_version_of_jax():
+    """Written by jax 0.10.2; a change of JAX's generators would show here."""
+    expected = json.loads((GOLDEN / "draws.json").read_text())
+    batch = draw(KEY, SAMPLER, 5, 2)
+    for name in Batch._fields:
+        np.testing.assert_array_equal(getattr(batch, name), expected[name])
+    estimate = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES)
+    np.testing.assert_allclose(float(estimate.loss), expected["loss"], rtol=1e-6)
+
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def test_lowers_for_every_platform():
+    encoder, criterion = MODEL.encoders[0], MODEL.criterion
+    batch = draw(KEY, SAMPLER, 16, 4)
+    windows = estimation._windows(encoder, X)
+    old_key = jax.random.key_data(KEY)  # typed keys cannot cross an export
+    propose = jax.jit(
+        lambda key, sampler: estimation._propose(
+            jax.random.wrap_key_data(key), sampler, 0, batch_size=16, num_batches=4
+        )
+    )
+    jitted = (
+        (estimation._windows, (encoder, X)),
+        (estimation._losses, (criterion, encoder, windows, batch)),
+        (propose, (old_key, SAMPLER)),
+        (nearest_under_jit, (SAMPLER.labels, SAMPLER.labels, 120)),
+        (nearest_under_jit, (SAMPLER.labels[:, :1], SAMPLER.labels[:, :1], 120)),
+        (jax.jit(infonce), (X, X, X)),
+        (jax.jit(lambda s: base.propose(s, KEY, 8)), (SAMPLER,)),
+    )
+    for function, arguments in jitted:
+        text = jax.export.export(function, platforms=PLATFORMS)(*arguments).mlir_module()
+        assert "f64" not in text
+        assert "callback" not in text
+
+
+def test_similarities_ask_for_the_highest_precision():
+    text = jax.jit(infonce).lower(X, X, X).as_text()
+    assert "HIGHEST" in text
+    assert "precision = [DEFAULT" not in text
+
+
+BAD = {
+    "key": (lambda: estimate_infonce(0, MODEL, X, SAMPLER, **SIZES), TypeError, "key"),
+    "model": (lambda: evaluate("model.pt", X, None), TypeError, "Model or a Checkpoint"),
+    "neurons": (lambda: embed(MODEL, X[:, 1:]), ValueError, r"\(n_samples, 6\).*5\)"),
+    "short": (lambda: embed(MODEL, X[:4]), ValueError, "minimum of 5 is required"),
+    "one_d": (lambda: embed(MODEL, X[:, 0]), ValueError, "2D"),
+    "nan": (lambda: embed(MODEL, np.where(X > 2, np.nan, X)), ValueError, "NaN"),
+    "text": (lambda: embed(MODEL, X.astype(str)), TypeError, "real numbers"),
+    "complex": (lambda: embed(MODEL, X * 1j), TypeError, "real numbers"),
+    "session": (lambda: embed(MODEL, X, 1), RuntimeError, "Invalid session_id 1"),
+    "negative": (lambda: embed(MODEL, X, -1), ValueError, "session_id should be"),
+    "session_kind": (lambda: embed(MODEL, X, "0"), TypeError, "session_id"),
+    "chunk": (
+        lambda: estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES, chunk_size=0),
+        ValueError,
+        "chunk_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    make, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_sessions_are_chosen():
+    encoders = tuple(Encoder.init(jax.random.key(n), "offset1-model", n, 4, 3) for n in (5, 6))
+    model = Model(encoders)
+    assert embed(model, X, 1).shape == (120, 3)
+    with pytest.raises(RuntimeError, match="No session_id provided"):
+        embed(model, X)
+    with pytest.raises(RuntimeError, match="Invalid session_id 2"):
+        embed(model, X, 2)
+    with pytest.raises(ValueError, match="model for session 0"):
+        embed(model, X, 0)

@@ -1,0 +1,237 @@
+"""Distributions of draws against what they should be, and the contracts of samplers."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from cebra_jax_metrics import draw
+from cebra_jax_metrics.samplers import DeltaNormal, Discrete, Mixed, Time, TimeDelta
+
+N = 40
+RNG = np.random.default_rng(0)
+CONTINUOUS = RNG.normal(size=(N, 2)).cumsum(0).astype(np.float32)
+CONTINUOUS[25] = CONTINUOUS[3]  # a duplicate: step 25 is never a nearest label
+ONE_D = np.round(RNG.normal(size=N), 1).astype(np.float32)  # many duplicates
+DISCRETE = RNG.choice([-3, 0, 7, 7, 7, 900], N)
+
+SAMPLERS = {
+    "time": Time(N, 3),
+    "time_delta": TimeDelta(CONTINUOUS, 3),
+    "time_delta_1d": TimeDelta(ONE_D, 2),
+    "delta_normal": DeltaNormal(CONTINUOUS, 0.5),
+    "delta_normal_1d": DeltaNormal(ONE_D, 0.5),
+    "discrete": Discrete(DISCRETE),
+    "discrete_uniform": Discrete(DISCRETE, prior="uniform"),
+    "mixed": Mixed(DISCRETE, CONTINUOUS, 3),
+}
+each = pytest.mark.parametrize("name", SAMPLERS)
+
+
+def many(name, seed=0, size=100_000):
+    batch = draw(jax.random.key(seed), SAMPLERS[name], size // 20, 20)
+    return tuple(np.asarray(x).ravel() for x in batch)
+
+
+def assert_distributed(sample, probabilities):
+    """Chi-square of drawn steps against their probabilities."""
+    counts = np.bincount(sample, minlength=len(probabilities))
+    assert counts[probabilities == 0].sum() == 0
+    possible = probabilities > 0
+    expected = probabilities[possible] / probabilities[possible].sum() * len(sample)
+    if possible.sum() > 1:
+        assert stats.chisquare(counts[possible], expected).pvalue > 1e-4
+
+
+def prior(name):
+    if name == "time":
+        return (np.arange(N) < N - 3).astype(float)
+    if name in ("discrete_uniform", "mixed"):
+        values, index, counts = np.unique(DISCRETE, return_inverse=True, return_counts=True)
+        return 1 / (len(values) * counts[index])
+    return np.ones(N) / N
+
+
+def nearest(labels, queries, allowed=None):
+    distance = ((labels[:, None].astype(np.float64) - queries[None]) ** 2).sum(-1)
+    if allowed is not None:
+        distance[~allowed] = np.inf
+    return distance.argmin(0)
+
+
+def conditional(name, reference):
+    """Probabilities of the positive of one reference, by enumeration or by integration."""
+    labels = CONTINUOUS if name in ("time_delta", "delta_normal", "mixed") else ONE_D[:, None]
+    if name == "time":
+        return np.bincount([reference + 3], minlength=N).astype(float)
+    if name.startswith("discrete"):
+        return (DISCRETE[reference] == DISCRETE).astype(float)
+    if name.startswith("delta_normal"):
+        noise = 0.5 * np.random.default_rng(1).normal(size=(200_000, labels.shape[1]))
+        found = nearest(labels, labels[reference] + noise)
+    else:
+        offset = 2 if name == "time_delta_1d" else 3
+        change = np.zeros_like(labels)
+        change[offset:] = labels[offset:] - labels[:-offset]
+        same = DISCRETE[reference] == DISCRETE if name == "mixed" else None
+        found = nearest(labels, labels[reference] + change, same)
+    return np.bincount(found, minlength=N).astype(float)
+
+
+@each
+def test_references_and_negatives_follow_the_prior(name):
+    reference, _, negative = many(name)
+    assert_distributed(reference, prior(name))
+    assert_distributed(negative, prior(name))
+
+
+@each
+def test_references_and_negatives_are_independent(name):
+    reference, _, negative = many(name, seed=1)
+    table = np.histogram2d(reference, negative, bins=[8, 8])[0]
+    assert stats.chi2_contingency(table).pvalue > 1e-4
+
+
+@each
+def test_positives_follow_the_conditional(name):
+    reference, positive, _ = many(name, seed=2)
+    for step in (0, 3, 17):
+        sample = positive[reference == step]
+        assert len(sample) > 300
+        probabilities = conditional(name, step)
+        if name.startswith("delta_normal"):  # its probabilities are themselves sampled
+            table = np.stack([np.bincount(sample, minlength=N), probabilities])
+            table = np.where(table.sum(0) < 10, 0, table)
+            assert stats.chi2_contingency(table[:, table.any(0)]).pvalue > 1e-4
+        else:
+            assert_distributed(sample, probabilities)
+
+
+def test_normal_noise_is_normal():
+    sampler = DeltaNormal(np.zeros((1, 2)), 0.3)
+    query = sampler.propose(jax.random.key(0), 20_000).query
+    assert query.dtype == jnp.float32
+    assert stats.kstest(np.ravel(query) / 0.3, "norm").pvalue > 1e-3
+
+
+@each
+def test_draws_are_int32_and_within_the_recording(name):
+    batch = draw(jax.random.key(0), SAMPLERS[name], 7, 5)
+    for steps in batch:
+        assert steps.dtype == jnp.int32
+        assert steps.shape == (5, 7)
+        assert 0 <= steps.min() <= steps.max() < N
+
+
+@each
+def test_batch_i_depends_on_the_key_and_i_only(name):
+    sampler, key = SAMPLERS[name], jax.random.key(3)
+    whole = draw(key, sampler, 16, 6)
+    parts = [draw(key, sampler, 16, n, start=start) for start, n in ((0, 1), (1, 3), (4, 2))]
+    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+    alone = sampler.sample(jax.random.fold_in(key, 4), 16)
+    chex.assert_trees_all_equal(alone, jax.tree.map(lambda x: x[4], whole))
+    assert not np.array_equal(whole.reference[0], whole.reference[1])
+
+
+@each
+def test_old_keys_draw_the_same(name):
+    old = draw(jax.random.PRNGKey(5), SAMPLERS[name], 16, 2)
+    chex.assert_trees_all_equal(old, draw(jax.random.key(5), SAMPLERS[name], 16, 2))
+
+
+@each
+def test_same_draws_in_x64(name):
+    expected = jax.tree.map(np.asarray, draw(jax.random.key(0), SAMPLERS[name], 32, 3))
+    with jax.enable_x64(True):
+        found = draw(jax.random.key(0), SAMPLERS[name], 32, 3)
+        traced = jax.jit(draw, static_argnums=(2, 3))(jax.random.key(0), SAMPLERS[name], 32, 3)
+    for steps in (*found, *traced):
+        assert steps.dtype == jnp.int32
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, found), expected)
+
+
+@each
+def test_draw_under_jit_is_draw(name):
+    sampler, key = SAMPLERS[name], jax.random.key(4)
+    jitted = jax.jit(draw, static_argnums=(2, 3))(key, sampler, 32, 3)
+    chex.assert_trees_all_equal(jitted, draw(key, sampler, 32, 3))
+
+
+@each
+def test_padding_changes_no_draw(name):
+    if name == "time":
+        return
+    sampler, key = SAMPLERS[name], jax.random.key(6)
+
+    def pad(x):
+        return jnp.pad(x, ((0, 9),) + ((0, 0),) * (x.ndim - 1)) if x.ndim else x
+
+    padded = jax.tree.map(pad, sampler)
+    expected = draw(key, sampler, 32, 3)
+    chex.assert_trees_all_equal(draw(key, padded, 32, 3), expected)
+    chex.assert_trees_all_equal(jax.jit(draw, static_argnums=(2, 3))(key, padded, 32, 3), expected)
+
+
+def test_stacked_samplers_are_drawn_from_by_vmap():
+    shifted = [TimeDelta(np.roll(CONTINUOUS, s, 0), 3) for s in (0, 5, 11)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *shifted)
+    key = jax.random.key(7)
+    found = jax.vmap(lambda s: draw(key, s, 16, 2))(stacked)
+    for i, sampler in enumerate(shifted):
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda x, i=i: x[i], found), draw(key, sampler, 16, 2)
+        )
+
+
+def test_relabelling_discrete_values_changes_nothing_but_the_order():
+    batch = draw(jax.random.key(8), Discrete(DISCRETE), 64, 4)
+    np.testing.assert_array_equal(DISCRETE[batch.reference], DISCRETE[batch.positive])
+    same_order = np.unique(DISCRETE, return_inverse=True)[1] * 10 - 5
+    chex.assert_trees_all_equal(draw(jax.random.key(8), Discrete(same_order), 64, 4), batch)
+
+
+def test_offset_longer_than_the_recording_means_no_change():
+    batch = draw(jax.random.key(9), TimeDelta(CONTINUOUS, N + 5), 64, 2)
+    found = CONTINUOUS[np.asarray(batch.positive)]
+    np.testing.assert_array_equal(found, CONTINUOUS[np.asarray(batch.reference)])
+
+
+def test_batch_larger_than_the_recording():
+    assert draw(jax.random.key(0), Time(3), 1000, 1).reference.shape == (1, 1000)
+
+
+NAN = CONTINUOUS.copy()
+NAN[4, 1] = np.nan
+BAD = {
+    "short": (lambda: Time(3, 3), ValueError, "exceed the time offset"),
+    "negative": (lambda: Time(5, -1), ValueError, "time_offset has to be at least 0"),
+    "fraction": (lambda: Time(5, 0.5), TypeError, "time_offset has to be an integer"),
+    "nan": (lambda: TimeDelta(NAN), ValueError, "NaN"),
+    "infinite": (lambda: TimeDelta(CONTINUOUS.astype(float) * 1e300), ValueError, "infinity"),
+    "3d": (lambda: TimeDelta(np.zeros((4, 2, 2))), ValueError, r"\(4, 2, 2\)"),
+    "empty": (lambda: TimeDelta(np.zeros((0, 2))), ValueError, "not empty"),
+    "text": (lambda: TimeDelta(np.array(["a", "b"])), TypeError, "numbers"),
+    "zero": (lambda: TimeDelta(CONTINUOUS, 0), ValueError, "at least 1"),
+    "length": (lambda: TimeDelta(CONTINUOUS, 1, N + 1), ValueError, "length is 41"),
+    "delta": (lambda: DeltaNormal(CONTINUOUS, -1.0), ValueError, "delta"),
+    "delta_nan": (lambda: DeltaNormal(CONTINUOUS, np.nan), ValueError, "delta"),
+    "float": (lambda: Discrete(ONE_D), TypeError, "integers"),
+    "2d": (lambda: Discrete(np.zeros((4, 2), int)), ValueError, r"\(4, 2\)"),
+    "prior": (lambda: Discrete(DISCRETE, "flat"), ValueError, "'flat'"),
+    "lengths": (lambda: Mixed(DISCRETE, CONTINUOUS[1:]), ValueError, "39 samples"),
+    "swapped": (lambda: Mixed(CONTINUOUS, DISCRETE), ValueError, r"\(time,\)"),
+    "key": (lambda: draw(0, Time(5), 4, 1), TypeError, r"jax.random.key\(0\)"),
+    "batch_size": (lambda: draw(jax.random.key(0), Time(5), 0, 1), ValueError, "batch_size"),
+    "num_batches": (lambda: draw(jax.random.key(0), Time(5), 4, 0), ValueError, "num_batches"),
+    "size": (lambda: draw(jax.random.key(0), Time(5), 4.0, 1), TypeError, "batch_size"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    make, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        make()
