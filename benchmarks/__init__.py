@@ -1,0 +1,1 @@
+"""Speed as ratios against the peer in the same run. ``python -m benchmarks --help``."""

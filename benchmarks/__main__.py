@@ -1,0 +1,44 @@
+"""Run benchmarks: ``python -m benchmarks [NAME ...] [--quick] [--json FILE] [--readme]``."""
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks import infonce
+from benchmarks.measure import environment
+from benchmarks.report import RESULTS, table, update_readme
+
+BENCHMARKS = {"infonce": infonce.run}
+
+
+def main() -> None:
+    """Run what was named, print tables, store results."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--quick", action="store_true", help="small cases, to see that they run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument(
+        "--readme", action="store_true", help="store the results and put their table into README"
+    )
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"unknown benchmarks {sorted(unknown)}; there are {sorted(BENCHMARKS)}")
+    if arguments.readme and arguments.quick:
+        parser.error("--readme takes the full cases: leave --quick out")
+    results = {}
+    for name in arguments.names or BENCHMARKS:
+        comparisons = [comparison.to_dict() for comparison in BENCHMARKS[name](arguments.quick)]
+        results[name] = {"environment": environment(), "comparisons": comparisons}
+        print(f"{table(results[name])}\n")
+        if arguments.readme:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{name}.json").write_text(json.dumps(results[name], indent=1) + "\n")
+    if arguments.readme:
+        update_readme()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""README says what is so: names, benchmark table, output of the demo."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+import cebra_jax_metrics
+from cebra_jax_metrics import samplers
+from cebra_jax_metrics.demo import describe_demo
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_table_of_public_names():
+    section = README.split("Public names")[1].split("## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    named = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[2] for row in rows)))
+    assert named == set(cebra_jax_metrics.__all__) | set(samplers.__all__)
+
+
+def test_everything_public_has_a_docstring():
+    for module in (cebra_jax_metrics, samplers):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__
+
+
+def test_benchmark_table_is_that_of_the_stored_results():
+    from benchmarks.report import BEGIN, END, stored_table
+
+    assert README.split(BEGIN)[1].split(END)[0].strip() == stored_table().strip()
+
+
+def test_demo_output():
+    shown = README.split("<!-- demo output -->\n```text\n")[1].split("```")[0].strip()
+    found = describe_demo().strip()
+    number = r"-?\d+\.\d{4}"
+    assert re.sub(rf" *{number}", "#", shown) == re.sub(rf" *{number}", "#", found)
+    values = [[float(x) for x in re.findall(number, text)] for text in (shown, found)]
+    np.testing.assert_allclose(*values, atol=2e-4)
