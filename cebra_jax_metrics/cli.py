@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import math
+import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -86,8 +87,14 @@ def _score(arguments: argparse.Namespace) -> str:
     checkpoint = load(arguments.model)
     X, labels = _arrays(checkpoint, arguments)
     rows = arguments.rows or slice(None)
-    chunks = functools.partial(
-        tqdm, unit="batches", unit_scale=BATCHES_PER_TICK, delay=1, disable=None, leave=False
+    progress = functools.partial(
+        tqdm,
+        unit="batches",
+        unit_scale=BATCHES_PER_TICK,
+        delay=1,
+        disable=None,  # unless stderr is a terminal
+        leave=False,
+        ncols=shutil.get_terminal_size().columns,
     )
     estimate = score(
         checkpoint,
@@ -97,7 +104,7 @@ def _score(arguments: argparse.Namespace) -> str:
         num_batches=arguments.num_batches,
         key=jax.random.key(as_integer("seed", arguments.seed, at_least=0)),
         chunk_size=BATCHES_PER_TICK,
-        progress=chunks,
+        progress=progress,
     )
     result = {
         "schema_version": SCHEMA_VERSION,

@@ -441,7 +441,7 @@ def widening(levels=5, width=4096):
 def payload(args=(), state=(), model=(), metadata=(), **state_dict):
     """What CEBRA saves, of a model of one neuron unless other parameters are given."""
     shapes = get_architecture("offset1-model").shapes(1, 2, 1)
-    parameters = {key: expanded(shape) for key, shape in shapes.items()}
+    parameters = {key: tensor(FULL, shape, (1,) * len(shape)) for key, shape in shapes.items()}
     return {
         "args": {"num_hidden_units": 2, "output_dimension": 1, **dict(args)},
         "state": dict(state),
@@ -451,8 +451,8 @@ def payload(args=(), state=(), model=(), metadata=(), **state_dict):
 
 
 def expanded(shape):
-    """A tensor of any shape, all of whose elements are the only one of its storage."""
-    return tensor(storage(count=1), shape, (0,) * len(shape))
+    """A tensor of any shape, all of whose elements are the first one of its storage."""
+    return tensor(FULL, shape, (0,) * len(shape))
 
 
 LAUGHS = doubling()
@@ -461,6 +461,7 @@ CYCLE = Code(b"]" + put(0) + get(0) + b"a")
 VAST = 2**45
 VAST_MODEL = get_architecture("offset1-model-mse").shapes(VAST, 2, 1)
 BOMBS = {
+    "nothing": payload(),
     "nested tuples": LAUGHS,
     "deep tuples": DEEP,
     "nested tuples as a key": {LAUGHS: None},
@@ -513,7 +514,7 @@ for path in sys.argv[1:]:
 def outcomes(tmp_path_factory):
     """What ``load`` did with each of the bombs."""
     folder = tmp_path_factory.mktemp("bombs")
-    files = [pack(folder / str(i), BOMBS[key], b"\0" * 4) for i, key in enumerate(BOMBS)]
+    files = [pack(folder / str(i), BOMBS[key], FLOATS) for i, key in enumerate(BOMBS)]
     command = [sys.executable, "-W", "ignore", "-c", LOAD_ALL, *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(zip(BOMBS, done.stdout.splitlines(), strict=True))
@@ -522,6 +523,7 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_defused(outcomes, bomb):
     assert outcomes[bomb] in ("CheckpointError", "loaded")
+    assert outcomes["nothing"] == "loaded"
 
 
 def test_cycles(file):

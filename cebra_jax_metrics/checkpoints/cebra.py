@@ -67,11 +67,12 @@ def from_cebra(estimator: Any) -> Checkpoint:
     check_is_fitted(estimator, "n_features_")
     names = ("label_types_", "n_features_", "n_features_in_", "num_sessions_", "solver_name_")
     state = {name: getattr(estimator, name) for name in names if hasattr(estimator, name)}
+    state_dict = estimator.state_dict_
     payload = {
         "args": estimator.get_params(),
         "state": state,
-        "state_dict": estimator.state_dict_,
-        "metadata": {"cebra_version": estimator.state_dict_.get("version", "unknown")},
+        "state_dict": state_dict,
+        "metadata": {"cebra_version": state_dict.get("version", "unknown")},
     }
     return _from_payload(payload)
 

@@ -64,14 +64,12 @@ class SampleInTwoSteps:
     def sample(self: Sampler, key: Array, batch_size: int) -> Batch:
         """Draw one batch of ``batch_size`` references, positives and negatives."""
         batch_size = as_integer("batch_size", batch_size, at_least=1)
-        proposal = propose(self, as_key(key), batch_size)
+        proposal = self.propose(as_key(key), batch_size)
         return Batch(proposal.reference, self.resolve(proposal.query), proposal.negative)
 
 
-@partial(jax.jit, static_argnames="batch_size")
-def propose(sampler: Sampler, key: Array, batch_size: int) -> Proposal:
-    """``sampler.propose``, jitted; compiled once per kind and shape of sampler."""
-    return sampler.propose(key, batch_size)
+# A sampler being a pytree, its method compiles once per kind and shape of sampler.
+jitted = partial(jax.jit, static_argnames="batch_size")
 
 
 @dataclass_transform(frozen_default=True)

@@ -13,6 +13,7 @@ from cebra_jax_metrics.samplers.base import (
     SampleInTwoSteps,
     as_continuous,
     as_length,
+    jitted,
     pytree,
     set_fields,
     uniform_steps,
@@ -67,6 +68,7 @@ class TimeDelta(SampleInTwoSteps):
             length=as_length(self.length, labels),
         )
 
+    @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; queries are labels ``(batch, features)``."""
         reference, negative, step = uniform_steps(key, (3, batch_size), self.length)
@@ -111,6 +113,7 @@ class DeltaNormal(SampleInTwoSteps):
                 )
         set_fields(self, labels=labels, delta=delta, length=as_length(self.length, labels))
 
+    @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; queries are labels ``(batch, features)``."""
         prior, noise = jax.random.split(key)

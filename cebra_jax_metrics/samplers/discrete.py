@@ -13,6 +13,7 @@ from cebra_jax_metrics.samplers.base import (
     SampleInTwoSteps,
     as_discrete,
     as_length,
+    jitted,
     pytree,
     set_fields,
     uniform_steps,
@@ -84,6 +85,7 @@ class Discrete(SampleInTwoSteps):
         labels = as_discrete(self.labels)
         set_fields(self, labels=labels, length=as_length(self.length, labels))
 
+    @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; the query is the positive itself."""
         prior, conditional = jax.random.split(key)

@@ -11,6 +11,7 @@ from cebra_jax_metrics.samplers.base import (
     as_continuous,
     as_discrete,
     as_length,
+    jitted,
     pytree,
     set_fields,
     uniform_steps,
@@ -59,6 +60,7 @@ class Mixed(SampleInTwoSteps):
             length=as_length(self.length, continuous),
         )
 
+    @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; queries are continuous labels and discrete ones."""
         prior, change = jax.random.split(key)

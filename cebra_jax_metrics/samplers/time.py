@@ -8,6 +8,7 @@ from cebra_jax_metrics.samplers.base import (
     Leaf,
     Proposal,
     SampleInTwoSteps,
+    jitted,
     pytree,
     set_fields,
     uniform_steps,
@@ -45,6 +46,7 @@ class Time(SampleInTwoSteps):
             self, length=jnp.asarray(length, jnp.int32), time_offset=jnp.asarray(offset, jnp.int32)
         )
 
+    @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; the query is the positive itself."""
         steps = uniform_steps(key, (2, batch_size), self.length - self.time_offset)
