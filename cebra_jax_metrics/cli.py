@@ -87,6 +87,7 @@ def _score(arguments: argparse.Namespace) -> str:
     checkpoint = load(arguments.model)
     X, labels = _arrays(checkpoint, arguments)
     rows = arguments.rows or slice(None)
+    terminal = shutil.get_terminal_size()  # of some size even where the terminal does not say
     progress = functools.partial(
         tqdm,
         unit="batches",
@@ -94,7 +95,8 @@ def _score(arguments: argparse.Namespace) -> str:
         delay=1,
         disable=None,  # unless stderr is a terminal
         leave=False,
-        ncols=shutil.get_terminal_size().columns,
+        ncols=terminal.columns,
+        nrows=terminal.lines,
     )
     estimate = score(
         checkpoint,

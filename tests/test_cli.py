@@ -19,6 +19,7 @@ from cebra_jax_metrics.cli import main
 GOLDEN = Path(__file__).parent / "golden"
 RECORDING = GOLDEN / "recording.npz"
 SINGLE = GOLDEN / "offset10-model.pt"
+FAST = GOLDEN / "offset1-model.pt"
 TIME = GOLDEN / "time.pt"
 MULTI = GOLDEN / "multisession.pt"
 FEW = ("--num-batches", 3)
@@ -147,25 +148,25 @@ def test_score_of_a_session(score, recording, session, num_steps):
     ],
 )
 def test_rows(score, save_npz, recording, rows, kept):
-    result = score(SINGLE, RECORDING, *FEW, *rows)
+    result = score(FAST, RECORDING, *FEW, *rows)
     cut = save_npz(X=recording["X"][kept], place=recording["position"][kept])
-    assert score(SINGLE, cut, *FEW, "--labels", "place") == result
+    assert score(FAST, cut, *FEW, "--labels", "place") == result
     assert result["num_steps"] == len(recording["X"][kept])
 
 
 def test_seeds(score):
-    first = score(SINGLE, RECORDING, *FEW, "--seed", 1)
+    first = score(FAST, RECORDING, *FEW, "--seed", 1)
     assert first["seed"] == 1
-    assert score(SINGLE, RECORDING, *FEW, "--seed", 1) == first
-    assert score(SINGLE, RECORDING, *FEW)["infonce_nats"] != first["infonce_nats"]
+    assert score(FAST, RECORDING, *FEW, "--seed", 1) == first
+    assert score(FAST, RECORDING, *FEW)["infonce_nats"] != first["infonce_nats"]
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**63, 2**70])
 def test_large_seeds(run, seed):
     """JAX's keys hold 32 bits of a seed: a larger one must not silently be another's draws."""
-    code, out, err = run("score", SINGLE, RECORDING, *FEW, "--seed", seed)
+    code, out, err = run("score", FAST, RECORDING, *FEW, "--seed", seed)
     if code == 0:
-        assert run("score", SINGLE, RECORDING, *FEW)[1] != out
+        assert run("score", FAST, RECORDING, *FEW)[1] != out
     else:
         assert (code, out) == (2, "")
         assert len(err.splitlines()) == 1
@@ -179,8 +180,8 @@ def test_one_batch_has_no_standard_error(score):
 
 
 def test_score_as_text(run, score):
-    code, out, err = run("score", SINGLE, RECORDING, *FEW)
-    result = score(SINGLE, RECORDING, *FEW)
+    code, out, err = run("score", FAST, RECORDING, *FEW)
+    result = score(FAST, RECORDING, *FEW)
     assert (code, err) == (0, "")
     assert f"goodness of fit  {result['goodness_of_fit_bits']:.4f} ± " in out
     assert f"InfoNCE          {result['infonce_nats']:.4f} ± " in out
@@ -196,13 +197,13 @@ def test_score_as_text(run, score):
     ],
 )
 def test_arrays_that_do_not_fit_are_left_alone(score, save_npz, more):
-    assert np.isfinite(score(SINGLE, save_npz(**more), *FEW)["infonce_nats"])
+    assert np.isfinite(score(FAST, save_npz(**more), *FEW)["infonce_nats"])
 
 
 def test_named_arrays_among_several(score, save_npz, recording):
     twice = save_npz(Y=recording["X"], place=recording["position"])
-    expected = score(SINGLE, RECORDING, *FEW)
-    assert score(SINGLE, twice, *FEW, "--data", "Y", "--labels", "place") == expected
+    expected = score(FAST, RECORDING, *FEW)
+    assert score(FAST, twice, *FEW, "--data", "Y", "--labels", "place") == expected
 
 
 # info
@@ -430,13 +431,13 @@ def run_module(*arguments):
 
 
 def test_program(run):
-    done = run_module("score", SINGLE, RECORDING, *FEW, "--json")
-    expected = run("score", SINGLE, RECORDING, *FEW, "--json")
+    done = run_module("score", FAST, RECORDING, *FEW, "--json")
+    expected = run("score", FAST, RECORDING, *FEW, "--json")
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
 def test_program_with_a_mistake():
-    done = run_module("score", SINGLE, "nothing.npz")
+    done = run_module("score", FAST, "nothing.npz")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
 
