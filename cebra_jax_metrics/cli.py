@@ -9,13 +9,12 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from cebra_jax_metrics.arrays import as_integer
 from cebra_jax_metrics.checkpoints import load, save
 from cebra_jax_metrics.demo import describe_demo
 from cebra_jax_metrics.infonce import chance_level
@@ -38,8 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with exit code 2."""
+        self.exit(2, f"cebra-jax-metrics: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cebra-jax-metrics",
         description="Score CEBRA models: InfoNCE and goodness of fit, with standard errors.",
     )
@@ -60,12 +67,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="arrays of labels, in the order of fitting; default: those that fit the model's",
     )
-    command.add_argument("--rows", metavar="A:B", type=_rows, help="use time steps A to B-1 only")
+    command.add_argument(
+        "--rows",
+        metavar="A:B",
+        type=_rows,
+        help="use time steps A to B-1 only (from the end: --rows=-60:)",
+    )
     command.add_argument(
         "--session", type=int, metavar="I", help="session of the recording, from 0"
     )
     command.add_argument("--num-batches", type=int, default=500, metavar="N", help="default: 500")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_score)
 
@@ -104,7 +116,7 @@ def _score(arguments: argparse.Namespace) -> str:
         *(label[rows] for label in labels),
         session_id=arguments.session,
         num_batches=arguments.num_batches,
-        key=jax.random.key(as_integer("seed", arguments.seed, at_least=0)),
+        key=jax.random.key(arguments.seed),
         chunk_size=BATCHES_PER_TICK,
         progress=progress,
     )
@@ -182,6 +194,12 @@ def _convert(arguments: argparse.Namespace) -> str:
     return f"{target}: {checkpoint!r}"
 
 
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**32 - 1, got {text!r}")
+    return int(text)
+
+
 def _rows(text: str) -> slice:
     start, colon, stop = text.partition(":")
     try:
@@ -205,10 +223,16 @@ def _arrays(
         arrays,
     )
     X = _named(arrays, name)
+    if X.ndim != 2:
+        raise ValueError(
+            f"The recording {name!r} has to be of shape (time, neurons), got {X.shape}."
+        )
     if arguments.labels is not None:
         return X, [_named(arrays, label) for label in arguments.labels]
     candidates = {
-        n: x for n, x in arrays.items() if n != name and x.ndim in (1, 2) and len(x) == len(X)
+        n: x
+        for n, x in arrays.items()
+        if n != name and x.ndim in (1, 2) and len(x) == len(X) and x.dtype.kind in "iuf"
     }
     fitted = checkpoint.settings.get("label_types")
     if fitted is None:
@@ -241,6 +265,8 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
 def _named(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     if name not in arrays:
         raise ValueError(f"There is no array {name!r} in the file; it has {_listed(arrays)}.")
+    if not arrays[name].ndim:
+        raise ValueError(f"The array {name!r} is a single value.")
     return arrays[name]
 
 

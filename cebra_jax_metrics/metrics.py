@@ -208,7 +208,7 @@ def goodness_of_fit_history(model: Any) -> np.ndarray:
     checkpoint = as_checkpoint(model)
     if checkpoint.settings.get("hybrid"):
         raise NotImplementedError("The history of hybrid models is not supported yet.")
-    if "total" not in checkpoint.history:
+    if not len(checkpoint.history.get("total", ())):
         raise ValueError("The checkpoint holds no training history.")
     return np.asarray(infonce_to_goodness_of_fit(checkpoint.history["total"], checkpoint))
 

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import cebra_jax_metrics as cjm
+from cebra_jax_metrics import cli
 from cebra_jax_metrics.cli import main
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -142,7 +144,6 @@ def test_score_of_a_session(score, recording, session, num_steps):
         (("--rows", "20:"), slice(20, None)),
         (("--rows", ":-20"), slice(-20)),
         (("--rows=-60:-10",), slice(-60, -10)),
-        (("--rows", "-60:"), slice(-60, None)),
         (("--rows", ":"), slice(None)),
         (("--rows", "20:10000"), slice(20, None)),
     ],
@@ -344,7 +345,7 @@ MISTAKES = {
     ),
     "hybrid model": ("score hybrid RECORDING", "[Hh]ybrid"),
     "full-batch model": ("score full_batch RECORDING", "[Bb]atch size"),
-    "missing data": ("score SINGLE nothing.npz", "nothing.npz"),
+    "missing data": ("score SINGLE absent.npz", "No such file.*absent.npz"),
     "data is a folder": ("score SINGLE .", "directory"),
     "data is text": ("score SINGLE text.txt", "text.txt.*npz"),
     "data is empty": ("score SINGLE empty", "empty.*npz"),
@@ -354,7 +355,7 @@ MISTAKES = {
     "data is damaged": ("score SINGLE damaged.npz", "damaged.npz"),
     "data without arrays": ("score SINGLE nothing.npz", "nothing.npz"),
     "data of another width": ("score SINGLE RECORDING --data X_1", r"7\).*5\)"),
-    "data of one dimension": ("score SINGLE one_dimension.npz --data X", "2D"),
+    "data of one dimension": ("score SINGLE one_dimension.npz --data X", r"time, neurons"),
     "data of no dimension": ("score SINGLE scalar.npz --data scalar", "scalar|shape"),
     "data of no dimension, labels": (
         "score SINGLE scalar.npz --data scalar --labels position",
@@ -453,3 +454,19 @@ def test_demo(run):
     assert (code, err) == (0, "")
     assert "place cells" in out
     assert out.count(" bits\n") == 4
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_bar_only_in_a_terminal(run, monkeypatch, is_terminal):
+    """The bar waits a second before it shows: here the second is taken away."""
+
+    def impatient(*arguments, **options):
+        assert options.pop("delay") == 1
+        return tqdm(*arguments, delay=0, mininterval=0, **options)
+
+    monkeypatch.setattr(cli, "tqdm", impatient)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    code, out, err = run("score", FAST, RECORDING, "--num-batches", 200, "--labels", "position")
+    assert code == 0
+    assert "bits" in out
+    assert ("batches" in err) == is_terminal

@@ -305,8 +305,8 @@ OFFSET = call("cebra.data.datatypes", "Offset")
         (Code(code("os.system") + b")R"), "calls"),
         (Code(LISTED + b"]R"), "calls"),
         (Code(LISTED + LISTED + b"R"), "calls"),
-        (call("collections", "OrderedDict", 5), "TypeError"),
-        (call("torch._utils", "_rebuild_tensor_v2"), "TypeError"),
+        (call("collections", "OrderedDict", 5), "Cannot read"),
+        (call("torch._utils", "_rebuild_tensor_v2"), "Cannot read"),
         (call("_codecs", "encode", "a", "utf-8"), "encoded"),
         (call("_codecs", "encode", "a", "rot13"), "encoded"),
         (call("_codecs", "encode", 1, "latin1"), "encoded"),
@@ -318,7 +318,7 @@ OFFSET = call("cebra.data.datatypes", "Offset")
         (call("numpy._core.multiarray", "scalar", "f8", "12345678"), "NumPy scalar"),
         (
             call("numpy._core.multiarray", "scalar", dtype("f8"), call("_codecs", "encode", "a")),
-            "TypeError",
+            "Cannot read",
         ),
         (build(LISTED, {"__globals__": {}}), "sets the state"),
         (build(name("torch._utils", "_rebuild_tensor_v2"), {"__code__": 1}), "sets the state"),
@@ -331,16 +331,16 @@ OFFSET = call("cebra.data.datatypes", "Offset")
         (Code(b"NNa"), "appends"),
         (Code(b")(Ne"), "appends"),
         (Code(b"](NNu"), "sets items"),
-        (Code(b"}(Nu"), "ValueError"),
-        (Code(b"}]Ns"), "unhashable"),
-        (Code(b"t"), "IndexError"),
-        (Code(b"h\x01"), "KeyError"),
-        (Code(b""), "IndexError"),
-        (Code(b"\x86"), "IndexError"),
+        (Code(b"}(Nu"), "Cannot read"),
+        (Code(b"}]Ns"), "Cannot read"),
+        (Code(b"t"), "Cannot read"),
+        (Code(b"h\x01"), "Cannot read"),
+        (Code(b""), "Cannot read"),
+        (Code(b"\x86"), "Cannot read"),
         (Code(b"cos system\n\n"), "refused"),
-        (Code(b"\xff"), "opcode"),
-        (b"\x80\x02N", "exhausted before seeing STOP"),
-        (b"", "STOP"),
+        (Code(b"\xff"), "Cannot read"),
+        (b"\x80\x02N", "Cannot read"),
+        (b"", "Cannot read"),
     ],
     ids=only_text,
 )
@@ -398,8 +398,8 @@ FULL = storage()
         (tensor(FULL, (6,), (1,), None), "described"),
         (tensor("0", (6,), (1,)), "described"),
         (tensor([0.0], (1,), (1,)), "described"),
-        (tensor(FULL, (0, 2**62, 2**62), (1, 1, 1)), "too big"),
-        (tensor(FULL, (1,) * 100, (1,) * 100), "dimension"),
+        (tensor(FULL, (0, 2**62, 2**62), (1, 1, 1)), "Cannot read"),
+        (tensor(FULL, (1,) * 100, (1,) * 100), "Cannot read"),
         (storage(count=7), "'0' should hold 7 elements"),
         (storage(count=5), "'0' should hold 5 elements"),
         (storage(count=-6), "'0' should hold -6 elements"),
@@ -538,8 +538,8 @@ def test_cycles(file):
 def test_archives_that_torch_does_not_write(file, golden):
     good = {"a/data.pkl": b"\x80\x02N.", "a/byteorder": b"little"}
     for damage, message in (
-        ({"a/byteorder": b"little"}, "without data.pkl"),
-        ({"data.pkl": b"\x80\x02N."}, "without data.pkl"),
+        ({"a/byteorder": b"little"}, "no data.pkl"),
+        ({"data.pkl": b"\x80\x02N."}, "no data.pkl"),
         ({**good, "a/byteorder": b"middle"}, "byte order b'middle'"),
         ({**good, "a/byteorder": b""}, "byte order b''"),
     ):
@@ -556,7 +556,7 @@ def test_duplicate_records(file, record):
     with zipfile.ZipFile(file, "w") as archive:
         for each in ("a/data.pkl", "a/byteorder", "a/data/0", record):
             archive.writestr(each, b"\x80\x02N." if each.endswith("pkl") else b"little")
-    with pytest.raises(CheckpointError, match=r"several|more than one"):
+    with pytest.raises(CheckpointError, match="several"):
         read_torch_zip(file)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 from cebra_jax_metrics.arrays import as_numpy
 from cebra_jax_metrics.checkpoints.torch_zip import CheckpointError, DType, read_torch_zip
 from cebra_jax_metrics.encoders import Encoder, get_architecture
+from cebra_jax_metrics.encoders.layers import Shapes
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, as_model
 
 # Constructor arguments of CEBRA 0.6.1 with their defaults. Older files lack some.
@@ -44,6 +45,7 @@ SETTINGS: dict[str, Any] = {
     ],
     "masking_kwargs": None,
 }
+_SOLVERS = ("single-session", "single-session-full", "single-session-hybrid", "multi-session")
 _HISTORY = ("total", "pos", "neg", "temperature")
 _LOG_INVERSE_TEMPERATURE = "log_inverse_temperature"
 
@@ -82,17 +84,21 @@ def read_cebra_file(path: str | os.PathLike[str]) -> Checkpoint:
     payload = read_torch_zip(path)
     try:
         return _from_payload(payload)
-    except CheckpointError as error:
+    except ValueError as error:
         raise CheckpointError(f"Cannot use {str(path)!r}: {error}") from None
-    except (AttributeError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever a damaged file makes the code below stumble over
         raise CheckpointError(
             f"Cannot use {str(path)!r}: it is not laid out as CEBRA's files are "
-            f"({type(error).__name__}: {error})."
+            f"({type(error).__name__})."
         ) from error
 
 
 def from_state_dict(
-    state_dict: Mapping[str, Any], *, model_architecture: str, **settings: Any
+    state_dict: Mapping[str, Any],
+    *,
+    model_architecture: str,
+    num_neurons: int | Sequence[int] | None = None,
+    **settings: Any,
 ) -> Checkpoint:
     """Make a checkpoint of a bare state dict of CEBRA's torch model.
 
@@ -101,6 +107,8 @@ def from_state_dict(
             ``0.``, ``1.``, ... per session for several sessions. It may hold the criterion's
             ``log_inverse_temperature``.
         model_architecture: Name of the architecture.
+        num_neurons: Features of the recording, one number or one per session. Needed for registered
+            architectures only; the parameters of CEBRA's own tell it.
         **settings: Further constructor arguments of ``cebra.CEBRA`` that are not at their defaults,
             above all ``num_hidden_units``, ``output_dimension``, ``batch_size``, ``distance``,
             ``temperature`` and ``temperature_mode``.
@@ -116,12 +124,12 @@ def from_state_dict(
             f"Unknown settings {sorted(unknown)}: expected constructor arguments of cebra.CEBRA, "
             f"{sorted(SETTINGS)}."
         )
-    parameters = dict(state_dict)
+    parameters = {name: as_numpy(value) for name, value in state_dict.items()}
     criterion = {
         name: parameters.pop(name) for name in (_LOG_INVERSE_TEMPERATURE,) if name in parameters
     }
     settings = _settings({"model_architecture": model_architecture, **settings})
-    model = _model(parameters, criterion, settings)
+    model = _model(parameters, criterion, settings, num_neurons)
     settings |= {"num_sessions": _num_sessions(parameters), "label_types": None}
     return Checkpoint(model, settings)
 
@@ -155,17 +163,20 @@ def _from_payload(payload: Any) -> Checkpoint:
     args, state, state_dict = payload["args"], payload["state"], payload["state_dict"]
     settings = _settings(args)
     solver = state.get("solver_name_", "single-session")
-    if not re.fullmatch(r"(single-session(-full|-hybrid)?|multi-session)", str(solver)):
-        raise CheckpointError(f"models trained by the solver {solver!r} are not supported.")
+    if not isinstance(solver, str) or solver not in _SOLVERS:
+        raise CheckpointError(
+            f"models trained by the solver {_text(solver)} are not supported, only by {_SOLVERS}."
+        )
     parameters = {
         str(name).removeprefix("module."): value for name, value in state_dict["model"].items()
     }
-    model = _model(parameters, state_dict.get("criterion", {}), settings)
+    num_neurons = state.get("n_features_in_", state.get("n_features_"))
+    model = _model(parameters, state_dict.get("criterion", {}), settings, num_neurons)
     settings |= {
         "num_sessions": _num_sessions(parameters),
         "label_types": _label_types(state.get("label_types_")),
     }
-    metadata = {str(k): str(v) for k, v in payload.get("metadata", {}).items()}
+    metadata = {str(k): _text(v) for k, v in payload.get("metadata", {}).items()}
     return Checkpoint(model, settings, _history(state_dict), metadata)
 
 
@@ -200,24 +211,30 @@ def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(
                 f"setting {name} has to be one of {known}, got {settings[name]!r}."
             )
-    if not settings["temperature"] > 0:
-        raise CheckpointError(f"temperature has to be above 0, got {settings['temperature']!r}.")
+    largest = float(np.finfo(np.float32).max)
+    if not 0 < settings["temperature"] < largest:
+        raise CheckpointError("temperature has to be a finite number above 0.")
+    if not 0 <= (settings["min_temperature"] or 0) < largest:
+        raise CheckpointError("min_temperature has to be None or a finite number of at least 0.")
     return settings
 
 
-def _plain(value: Any, depth: int = 4) -> Any:
-    """A setting as JSON can hold it; what it cannot hold becomes its text."""
-    if hasattr(value, "item") and np.ndim(value) == 0:
+def _plain(value: Any, depth: int = 3) -> Any:
+    """A setting as JSON can hold it; of what it cannot hold, or is too large, the kind."""
+    if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if depth == 0:
-        return "..."
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | dict) and depth and len(value) <= 32:
+        if isinstance(value, dict):
+            return {str(key): _plain(item, depth - 1) for key, item in value.items()}
         return [_plain(item, depth - 1) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item, depth - 1) for key, item in value.items()}
-    return str(value)
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    """Text as it is; of anything else its kind, since a file's objects may be endless to print."""
+    return value if isinstance(value, str) else f"({type(value).__name__})"
 
 
 def _num_sessions(parameters: Mapping[str, Any]) -> int | None:
@@ -227,15 +244,25 @@ def _num_sessions(parameters: Mapping[str, Any]) -> int | None:
 
 
 def _model(
-    parameters: Mapping[str, Any], criterion: Mapping[str, Any], settings: Mapping[str, Any]
+    parameters: Mapping[str, Any],
+    criterion: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    num_neurons: int | Sequence[int] | None,
 ) -> Model:
     """Encoders and criterion of a torch state dict."""
     num_sessions = _num_sessions(parameters)
     prefixes = [""] if num_sessions is None else [f"{i}." for i in range(num_sessions)]
+    neurons = (
+        num_neurons if isinstance(num_neurons, list | tuple) else [num_neurons] * len(prefixes)
+    )
+    if len(neurons) != len(prefixes):
+        raise CheckpointError(
+            f"there are {len(prefixes)} encoders, but {len(neurons)} num_neurons."
+        )
     encoders = []
-    for prefix in prefixes:
+    for prefix, count in zip(prefixes, neurons, strict=True):
         own = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
-        encoders.append(_encoder(own, prefix, settings))
+        encoders.append(_encoder(own, prefix, settings, count))
     counted = sum(k.startswith(tuple(prefixes)) for k in parameters)
     if counted != len(parameters):
         raise CheckpointError(
@@ -248,7 +275,7 @@ def _model(
             "of the criterion."
         )
     temperature = (
-        np.exp(-_number(criterion[_LOG_INVERSE_TEMPERATURE]))
+        np.exp(-_number(criterion[_LOG_INVERSE_TEMPERATURE], _LOG_INVERSE_TEMPERATURE))
         if learned
         else settings["temperature"]
     )
@@ -263,61 +290,81 @@ def _model(
     )
 
 
-def _encoder(parameters: dict[str, Any], prefix: str, settings: Mapping[str, Any]) -> Encoder:
+def _encoder(
+    parameters: dict[str, Any], prefix: str, settings: Mapping[str, Any], num_neurons: int | None
+) -> Encoder:
     """One encoder, its parameters checked against the architecture."""
-    arrays = {name: as_numpy(value) for name, value in parameters.items()}
-    first = next(iter(arrays.values()), np.zeros(0))
-    neurons = first.shape[1] if first.ndim > 1 else 0
-    sizes = neurons, settings["num_hidden_units"], settings["output_dimension"]
-    architecture = get_architecture(settings["model_architecture"])
-    aliases = architecture.aliases(*sizes) if neurons else {}
-    expected = architecture.shapes(*sizes) if neurons else {}
-    if expected is None:  # a registered architecture knows its parameters only when it draws them
-        expected = {name: array.shape for name, array in arrays.items()}
-    expected = {**expected, **{name: expected[owner] for name, owner in aliases.items()}}
-    problems = [f"{prefix}{name} is missing" for name in expected if name not in arrays]
+    arrays = {name: _array(value, prefix + name) for name, value in parameters.items()}
+    name, units, outputs = (
+        settings[key] for key in ("model_architecture", "num_hidden_units", "output_dimension")
+    )
+    architecture = get_architecture(name)
+    shapes = architecture.shapes(1, units, outputs)
+    if shapes is not None:  # the weights of the first layer tell the number of neurons
+        first = arrays.get(next(iter(shapes)), np.zeros(0))
+        num_neurons = first.shape[1] if first.ndim > 1 and first.shape[1] else 1
+        shapes = architecture.shapes(num_neurons, units, outputs)
+    if not isinstance(num_neurons, int):
+        raise CheckpointError(f"the architecture {name!r} is a registered one: give num_neurons.")
+    sizes = num_neurons, units, outputs
+    aliases = architecture.aliases(*sizes)
+    expected = {n: array.shape for n, array in arrays.items()} if shapes is None else shapes
+    expected = {**expected, **{alias: expected[owner] for alias, owner in aliases.items()}}
+    problems = list(_problems(arrays, expected, aliases))
+    if problems or not arrays:
+        raise CheckpointError(
+            f"the parameters do not fit {name!r} with {num_neurons} neurons, {units} hidden units "
+            f"and {outputs} output dimensions: "
+            + ("; ".join(prefix + problem for problem in problems) or "there are none")
+            + "."
+        )
+    params = {
+        n: jnp.asarray(array.astype(np.float32)) for n, array in arrays.items() if n not in aliases
+    }
+    return Encoder(params, name, *sizes)
+
+
+def _problems(
+    arrays: Mapping[str, np.ndarray], expected: Shapes, aliases: Mapping[str, str]
+) -> Iterator[str]:
+    """What is wrong with the parameters of an encoder."""
+    yield from (f"{name} is missing" for name in expected if name not in arrays)
     for name, array in arrays.items():
         if name not in expected:
-            problems.append(f"{prefix}{name} is not a parameter of it")
+            yield f"{name} is not a parameter of it"
         elif array.shape != expected[name]:
-            problems.append(f"{prefix}{name} has shape {array.shape}, not {expected[name]}")
+            yield f"{name} has shape {array.shape}, not {expected[name]}"
         elif not jnp.issubdtype(array.dtype, jnp.floating):
-            problems.append(f"{prefix}{name} is of dtype {array.dtype}, not of floats")
+            yield f"{name} is of dtype {array.dtype}, not of floats"
         elif name in aliases and not np.array_equal(
             array, arrays.get(aliases[name], array), equal_nan=True
         ):
-            problems.append(f"{prefix}{name} differs from {prefix}{aliases[name]}, its other name")
-    if problems or not neurons:
-        raise CheckpointError(
-            f"the parameters do not fit {settings['model_architecture']!r} with {neurons} neurons, "
-            f"{sizes[1]} hidden units and {sizes[2]} output dimensions: "
-            f"{'; '.join(problems) or 'there are none'}."
-        )
-    params = {
-        name: jnp.asarray(array.astype(np.float32))
-        for name, array in arrays.items()
-        if name not in aliases
-    }
-    return Encoder(params, settings["model_architecture"], *sizes)
+            yield f"{name} differs from {aliases[name]}, its other name"
 
 
 def _label_types(value: Any) -> list[Any] | None:
-    """CEBRA's ``label_types_`` as dictionaries of dtype and shape."""
+    """CEBRA's ``label_types_`` as dictionaries of dtype and shape, per array and session."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise CheckpointError("its label_types_ are not laid out as CEBRA's are.")
+    return [
+        [_label_type(session) for session in entry]
+        if isinstance(entry, list)
+        else _label_type(entry)
+        for entry in value
+    ]
 
-    def one(entry: Any) -> Any:
-        if isinstance(entry, list):
-            return [one(session) for session in entry]
-        kind, shape = entry
-        kind = kind.dtype if isinstance(kind, DType) else kind
-        return {
-            "dtype": str(kind).removeprefix("torch.").lstrip("<>|="),
-            "shape": [int(n) for n in shape],
-        }
 
-    try:
-        return None if value is None else [one(entry) for entry in value]
-    except (TypeError, ValueError):
-        raise CheckpointError("its label_types_ are not laid out as CEBRA's are.") from None
+def _label_type(entry: Any) -> dict[str, Any]:
+    match entry:
+        case (DType(dtype), shape) | (dtype, shape):
+            if (isinstance(dtype, str) or hasattr(dtype, "itemsize")) and all(
+                type(n) is int for n in shape
+            ):
+                name = str(dtype).removeprefix("torch.").lstrip("<>|=")
+                return {"dtype": name, "shape": list(shape)}
+    raise CheckpointError("its label_types_ are not laid out as CEBRA's are.")
 
 
 def _history(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -330,14 +377,22 @@ def _history(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _numbers(values: Any) -> np.ndarray:
-    array = as_numpy(values)
+    if isinstance(values, list) and all(isinstance(x, int | float) for x in values):
+        return np.asarray(values, np.float64)
+    array = _array(values, "the training history")
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.number):
-        raise CheckpointError("its training history is no list of numbers.")
+        raise CheckpointError("the training history is no list of numbers.")
     return array.astype(np.float64)
 
 
-def _number(value: Any) -> float:
-    array = as_numpy(value)
+def _number(value: Any, name: str) -> float:
+    array = _array(value, name)
     if array.size != 1:
-        raise CheckpointError(f"expected one number, got an array of shape {array.shape}.")
+        raise CheckpointError(f"{name} has to be one number, its shape is {array.shape}.")
     return float(array.reshape(()))
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise CheckpointError(f"{name} has to be an array, it is of kind {type(value).__name__}.")
+    return as_numpy(value)

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from cebra_jax_metrics.checkpoints.torch_zip import CheckpointError
 from cebra_jax_metrics.encoders import Encoder, get_architecture
+from cebra_jax_metrics.infonce import SIMILARITIES
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model
 
 FORMAT = "cebra_jax_metrics"
@@ -41,9 +42,9 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         for i, encoder in enumerate(model.encoders)
         for name, value in encoder.params.items()
     }
-    arrays["criterion.temperature"] = model.criterion.temperature
-    arrays["criterion.min_temperature"] = model.criterion.min_temperature
-    arrays |= {f"history.{name}": value for name, value in checkpoint.history.items()}
+    arrays["criterion.temperature"] = _as_floats(model.criterion.temperature, np.float32)
+    arrays["criterion.min_temperature"] = _as_floats(model.criterion.min_temperature, np.float32)
+    arrays |= {f"history.{n}": _as_floats(x, np.float64) for n, x in checkpoint.history.items()}
     description = {
         "encoders": [
             {
@@ -67,11 +68,17 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     data = safetensors.numpy.save(
         {name: np.array(value, order="C") for name, value in arrays.items()}, header
     )
-    _write_atomically(Path(path), data)
+    _write_atomically(Path(path).resolve(), data)
+
+
+def _as_floats(value: Any, dtype: type) -> np.ndarray:
+    """An array of floats, integers as ``dtype``."""
+    value = np.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(dtype)
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -109,15 +116,20 @@ def read_own_file(path: str | os.PathLike[str]) -> Checkpoint:
         )
     try:
         return _checkpoint(json.loads(header["checkpoint"]), arrays)
-    except CheckpointError as error:
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"Cannot use {str(path)!r}: its header is damaged ({error})."
+        ) from None
+    except ValueError as error:
         raise CheckpointError(f"Cannot use {str(path)!r}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # whatever a damaged header makes the code below stumble over
         raise CheckpointError(
             f"Cannot use {str(path)!r}: its header is damaged ({type(error).__name__}: {error})."
         ) from error
 
 
 def _checkpoint(description: Any, arrays: dict[str, np.ndarray]) -> Checkpoint:
+    _check_description(description)
     encoders = tuple(
         _encoder(entry, f"encoders.{i}.", arrays) for i, entry in enumerate(description["encoders"])
     )
@@ -130,11 +142,32 @@ def _checkpoint(description: Any, arrays: dict[str, np.ndarray]) -> Checkpoint:
         min_temperature=jnp.asarray(_take(arrays, "criterion.min_temperature", ())),
     )
     history = {name: _take(arrays, f"history.{name}", None) for name in description["history"]}
+    if any(values.ndim != 1 for values in history.values()):
+        raise CheckpointError("its training history is not one-dimensional.")
     if arrays:
         raise CheckpointError(f"it holds arrays that belong to nothing: {sorted(arrays)}.")
     return Checkpoint(
         Model(encoders, criterion), description["settings"], history, description["metadata"]
     )
+
+
+def _check_description(description: Any) -> None:
+    """Check the kinds of what the header says; shapes are checked with the arrays."""
+    criterion, metadata = description["criterion"], description["metadata"]
+    sizes = ("num_neurons", "num_hidden_units", "output_dimension")
+    problems = {
+        "criterion": criterion["similarity"] not in (*SIMILARITIES,)
+        or type(criterion["learned"]) is not bool,
+        "encoders": any(
+            type(entry[n]) is not int for entry in description["encoders"] for n in sizes
+        ),
+        "settings": type(description["settings"]) is not dict,
+        "metadata": type(metadata) is not dict
+        or any(type(text) is not str for text in metadata.values()),
+    }
+    wrong = [name for name, is_wrong in problems.items() if is_wrong]
+    if wrong:
+        raise CheckpointError(f"its header is damaged: {', '.join(wrong)}.")
 
 
 def _encoder(entry: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Encoder:

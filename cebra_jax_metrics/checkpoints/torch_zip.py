@@ -6,8 +6,10 @@ closed list of names, each standing for a function of this module. Nothing is im
 the file's choosing is called, no object outside the machine is touched.
 """
 
+import math
 import os
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+MAX_EXPANDED = 2**20  # elements of a tensor that repeats its storage by strides of 0
 
 
 class CheckpointError(ValueError):
@@ -67,6 +71,8 @@ def _tensor(
     values = storage.values
     if 0 in size:
         return np.empty(size, values.dtype)
+    if math.prod(size) > max(values.size, MAX_EXPANDED):
+        raise CheckpointError(f"a tensor of size {size} repeats a storage of {values.size}.")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if last >= values.size:
         raise CheckpointError(
@@ -82,8 +88,8 @@ def _parameter(data: object, *rest: object) -> object:
 
 
 def _dtype(name: object, *rest: object) -> DType:
-    if not isinstance(name, str) or name[:1] not in tuple("biuf"):
-        raise CheckpointError(f"NumPy dtype {name!r} is not one of numbers.")
+    if not isinstance(name, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", name):
+        raise CheckpointError("it describes a NumPy dtype that is not one of numbers.")
     return DType(np.dtype(name))
 
 
@@ -101,8 +107,25 @@ def _scalar(kind: object, data: object) -> int | float | bool:
     return np.frombuffer(data, kind.dtype)[0].item()
 
 
-def _ordered_dict(items: Any = ()) -> dict[object, object]:
-    return dict(items)
+def _ordered_dict(items: object = ()) -> dict[object, object]:
+    if not isinstance(items, list | tuple) or not all(
+        isinstance(item, list | tuple) and len(item) == 2 for item in items
+    ):
+        raise CheckpointError("an OrderedDict is not described as Python does it.")
+    return {_key(key): value for key, value in items}
+
+
+def _key(key: object) -> object:
+    """A dictionary's key: hashing anything else may take forever, or the process down."""
+    if not isinstance(key, str | int):
+        raise CheckpointError(f"a dictionary has a key of kind {type(key).__name__}.")
+    return key
+
+
+def _version(text: object) -> str:
+    if not isinstance(text, str):
+        raise CheckpointError("a version is no text.")
+    return text
 
 
 def _size(dimensions: object = ()) -> tuple[object, ...]:
@@ -148,7 +171,7 @@ _FUNCTIONS: dict[_Global, Callable[..., object]] = {
     _Global("torch", "Size"): _size,
     _Global("torch._utils", "_rebuild_parameter"): _parameter,
     _Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    _Global("torch.torch_version", "TorchVersion"): str,
+    _Global("torch.torch_version", "TorchVersion"): _version,
 }
 
 
@@ -207,7 +230,7 @@ class _Machine:
         target = self.stack[-1]
         if type(target) is not dict:
             raise CheckpointError("its pickle sets items of what is no dictionary.")
-        target.update(zip(items[::2], items[1::2], strict=True))
+        target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
@@ -279,11 +302,12 @@ class _Archive:
     def __init__(self, file: zipfile.ZipFile) -> None:
         self._file = file
         names = file.namelist()
-        pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise CheckpointError("it is a zip file without data.pkl: torch.save did not write it.")
         if len(set(names)) != len(names):
             raise CheckpointError("it holds several records of one name.")
+        pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            number = "several" if pickles else "no"
+            raise CheckpointError(f"it holds {number} data.pkl, torch.save did not write it.")
         self._root = pickles[0].removesuffix("data.pkl")
         order = self.read("byteorder") if f"{self._root}byteorder" in names else b"little"
         if order not in (b"little", b"big"):
