@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
@@ -28,6 +29,31 @@ def as_array(x: Any) -> Array | np.ndarray:
     return x if isinstance(x, Array) else as_numpy(x)
 
 
+def check_dimensions(x: Array | np.ndarray, least: int) -> None:
+    """Refuse arrays that are not of ``least`` to 2 dimensions or hold no real numbers."""
+    if x.ndim < least:
+        raise ValueError(
+            f"Expected {least}D array, got {x.ndim}D array instead: of shape {x.shape}; the first "
+            "axis is time."
+        )
+    if x.ndim > 2:
+        raise ValueError(
+            f"Found array with dim {x.ndim}, while dim <= 2 is required: of shape {x.shape}."
+        )
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"Complex data not supported: got dtype {x.dtype}.")
+    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
+        raise ValueError(f"Expected numbers, got dtype {x.dtype}.")
+
+
+def check_finite(x: Array | np.ndarray, what: str) -> None:
+    """Refuse NaN and infinity, in the words that scikit-learn and so CEBRA use."""
+    if is_traced(x) or not jnp.issubdtype(x.dtype, jnp.inexact) or bool(jnp.isfinite(x).all()):
+        return
+    found = "NaN" if bool(jnp.isnan(x).any()) else f"infinity or a value too large for {x.dtype}"
+    raise ValueError(f"Input contains {found}. Interpolate or drop these time steps of {what}.")
+
+
 def as_integer(name: str, value: Any, at_least: int) -> int:
     """A Python integer, or an error that says what the argument has to be."""
     try:
@@ -43,10 +69,10 @@ def as_integer(name: str, value: Any, at_least: int) -> int:
 
 def as_key(key: ArrayLike) -> Array:
     """A typed PRNG key from a typed or an old uint32 key."""
-    if isinstance(key, Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     if getattr(key, "dtype", None) == np.uint32:
-        return jax.random.wrap_key_data(jax.numpy.asarray(key))
+        return jax.random.wrap_key_data(jnp.asarray(key))
     raise TypeError(
         f"key has to be a JAX PRNG key such as jax.random.key(0), got {type(key).__name__}."
     )

@@ -11,9 +11,8 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 from jax import Array
-from sklearn.utils.validation import check_array
 
-from cebra_jax_metrics.arrays import as_integer, as_numpy
+from cebra_jax_metrics.arrays import as_integer, as_numpy, check_finite
 from cebra_jax_metrics.checkpoints import from_cebra, load
 from cebra_jax_metrics.estimation import Estimate, estimate_infonce
 from cebra_jax_metrics.model import Checkpoint, Model, as_recording, select_encoder
@@ -356,21 +355,17 @@ def _check_labels(
             f"expects {len(fitted)}, got {len(labels)} idx."
         )
     for i, label in enumerate(labels):
+        check_dimensions(label, least=1)
         is_float = np.issubdtype(label.dtype, np.floating)
         if not is_float and not np.issubdtype(label.dtype, np.integer):
             raise ValueError(
                 f"Labels have to be floats (continuous) or integers (discrete), got {label.dtype}."
             )
-        if label.ndim not in (1, 2):
-            raise ValueError(
-                "Labels have to be of shape (time,) or (time, features), got an array of shape "
-                f"{label.shape}."
-            )
-        if not is_float and label.ndim == 2 and label.shape[1] > 1:
-            raise ValueError(f"All discrete indices need to be one dimensional, got {label.shape}.")
         if fitted is not None:
             entry = fitted[i] if isinstance(fitted[i], Mapping) else fitted[i][session_id or 0]
             _check_kind(entry, label)
+        if not is_float and label.ndim == 2 and label.shape[1] > 1:
+            raise ValueError(f"All discrete indices need to be one dimensional, got {label.shape}.")
     if any(len(label) != num_steps for label in labels):
         raise ValueError(
             "Invalid number of samples or labels sessions: provide one session for single-session "
@@ -378,7 +373,7 @@ def _check_labels(
             f"{num_steps} and {[len(label) for label in labels]}."
         )
     for label in labels:
-        check_array(label, ensure_2d=False, dtype=None, input_name="labels")
+        check_finite(label, "X and labels")
 
 
 def _check_kind(entry: Mapping[str, Any], label: np.ndarray) -> None:

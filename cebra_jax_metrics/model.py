@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_array, is_traced
+from cebra_jax_metrics.arrays import as_array, check_dimensions, check_finite, is_traced
 from cebra_jax_metrics.encoders import Encoder
 from cebra_jax_metrics.infonce import InfoNCE, infonce
 
@@ -163,14 +163,10 @@ def as_recording(X: object, encoder: Encoder, session_id: int | None = None) -> 
         session_id: For the message only.
 
     Raises:
-        ValueError: Wrong shape, too few time steps, or NaN or infinity among the values.
-        TypeError: Values that are no real numbers.
+        ValueError: Wrong shape, too few time steps, values that are no real numbers or not finite.
     """
     X = as_array(X)
-    if X.ndim != 2:
-        raise ValueError(f"Expected 2D array (time, neurons), got an array of shape {X.shape}.")
-    if not (jnp.issubdtype(X.dtype, jnp.number) or X.dtype == bool) or jnp.iscomplexobj(X):
-        raise TypeError(f"A recording has to hold real numbers, got dtype {X.dtype}.")
+    check_dimensions(X, least=2)
     if X.shape[1] != encoder.num_neurons:
         raise ValueError(
             f"Invalid input shape: model for session {session_id} requires an input of shape"
@@ -183,10 +179,10 @@ def as_recording(X: object, encoder: Encoder, session_id: int | None = None) -> 
             f"{encoder.architecture!r}."
         )
     if isinstance(X, np.ndarray) and not jax.config.read("jax_enable_x64") and X.dtype.itemsize > 4:
-        X = X.astype(np.float32)
+        with np.errstate(over="ignore"):
+            X = X.astype(np.float32)
     X = jnp.asarray(X)
-    if not is_traced(X) and not jnp.isfinite(X).all():
-        raise ValueError("Input X contains NaN or infinity; interpolate or drop these time steps.")
+    check_finite(X, "X")
     return X
 
 

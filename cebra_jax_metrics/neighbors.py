@@ -3,7 +3,7 @@
 On the CPU and outside ``jit`` the search runs in float64: a sorted search for one-dimensional
 labels, SciPy's k-d tree for the others. Under ``jit`` and on accelerators it runs in float32 with
 direct differences (no a² - 2ab + b²): a sorted search in one dimension, a blocked brute force in
-more. Among identical labels the earliest time step is returned.
+more. Among equally near labels the earliest time step is returned.
 """
 
 from functools import partial
@@ -86,7 +86,25 @@ def _search_host(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
         is_left = (below < above) | ((below == above) & (first[left] < first[right]))
         return first[np.where(is_left, left, right)].astype(np.int32)
     values, first = np.unique(labels, axis=0, return_index=True)
-    return first[cKDTree(values).query(query, workers=-1)[1]].astype(np.int32)
+    return _search_tree(cKDTree(values), first, query).astype(np.int32)
+
+
+def _search_tree(tree: cKDTree, first: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The earliest of the nearest labels: more neighbours are asked for while all are equally near.
+
+    Labels on a grid are often equally near; a k-d tree's choice among them would bias the score.
+    """
+    nearest = np.empty(len(query), first.dtype)
+    asking, neighbors = np.arange(len(query)), 2
+    while asking.size:
+        neighbors = min(neighbors, tree.n)
+        ranks = range(1, neighbors + 1)
+        distance, index = tree.query(query[asking], k=ranks, workers=-1)
+        is_nearest = distance == distance[:, :1]
+        nearest[asking] = np.where(is_nearest, first[index], np.iinfo(first.dtype).max).min(axis=1)
+        asking = asking[is_nearest[:, -1]] if neighbors < tree.n else asking[:0]
+        neighbors *= 4
+    return nearest
 
 
 @jax.jit

@@ -129,8 +129,8 @@ def test_draws_are_int32_and_within_the_recording(name):
 def test_batch_i_depends_on_the_key_and_i_only(name):
     sampler, key = SAMPLERS[name], jax.random.key(3)
     whole = draw(key, sampler, 16, 6)
-    parts = [draw(key, sampler, 16, n, start=start) for start, n in ((0, 1), (1, 3), (4, 2))]
-    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+    halves = [draw(key, sampler, 16, 3, start=start) for start in (0, 3)]
+    chex.assert_trees_all_equal(whole, jax.tree.map(lambda *x: jnp.concatenate(x), *halves))
     alone = sampler.sample(jax.random.fold_in(key, 4), 16)
     chex.assert_trees_all_equal(alone, jax.tree.map(lambda x: x[4], whole))
     assert not np.array_equal(whole.reference[0], whole.reference[1])

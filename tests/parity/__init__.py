@@ -1,0 +1,1 @@
+"""Live comparisons with CEBRA and torch. A package: its files may be named as others are."""
