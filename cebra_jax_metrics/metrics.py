@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from cebra_jax_metrics.arrays import as_integer, as_numpy, check_finite
+from cebra_jax_metrics.arrays import as_integer, as_numpy, check_dimensions, check_finite
 from cebra_jax_metrics.checkpoints import from_cebra, load
 from cebra_jax_metrics.estimation import Estimate, estimate_infonce
 from cebra_jax_metrics.model import Checkpoint, Model, as_recording, select_encoder
