@@ -363,9 +363,7 @@ def _check_labels(
             )
         if fitted is not None:
             entry = fitted[i] if isinstance(fitted[i], Mapping) else fitted[i][session_id or 0]
-            _check_kind(entry, label)
-        if not is_float and label.ndim == 2 and label.shape[1] > 1:
-            raise ValueError(f"All discrete indices need to be one dimensional, got {label.shape}.")
+            _compare_label(entry, label)
     if any(len(label) != num_steps for label in labels):
         raise ValueError(
             "Invalid number of samples or labels sessions: provide one session for single-session "
@@ -376,29 +374,24 @@ def _check_labels(
         check_finite(label, "X and labels")
 
 
-def _check_kind(entry: Mapping[str, Any], label: np.ndarray) -> None:
-    fitted, given = _width(entry["shape"]), _width(label.shape)
-    if fitted != given:
-        raise ValueError(
-            "Labels invalid: must have the same number of features as the ones used for fitting,"
-            f"expects {fitted} features, got {given}."
-        )
-    kinds = [
-        np.issubdtype(np.dtype(_numpy_name(d)), np.floating) for d in (entry["dtype"], label.dtype)
-    ]
-    if kinds[0] != kinds[1]:
+def _compare_label(entry: Mapping[str, Any], label: np.ndarray) -> None:
+    """Compare one array of labels with that of fitting, in CEBRA's order of checks."""
+    widths = [int(shape[1]) if len(shape) > 1 else 1 for shape in (entry["shape"], label.shape)]
+    wrong_width = (
+        "Labels invalid: must have the same number of features as the ones used for fitting,"
+        f"expects {widths[0]} features, got {widths[1]}."
+    )
+    if widths[0] != widths[1] and len(entry["shape"]) == label.ndim == 2:
+        raise ValueError(wrong_width)
+    if ("float" in entry["dtype"]) != np.issubdtype(label.dtype, np.floating):
         raise ValueError(
             "Labels invalid: must have the same type of features as the ones used for fitting,"
             f"expects {entry['dtype']}, got {label.dtype}."
         )
-
-
-def _numpy_name(dtype: Any) -> str:
-    return {"bfloat16": "float32"}.get(str(dtype), str(dtype))
-
-
-def _width(shape: Sequence[int]) -> int:
-    return int(shape[1]) if len(shape) > 1 else 1
+    if np.issubdtype(label.dtype, np.integer) and widths[1] > 1:
+        raise ValueError(f"All discrete indices need to be one dimensional, got {label.shape}.")
+    if widths[0] != widths[1]:  # here CEBRA goes on, and scores other labels than it was fitted to
+        raise ValueError(wrong_width)
 
 
 def _first(values: Any) -> Any:
