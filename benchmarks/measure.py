@@ -38,8 +38,9 @@ def seconds(function: Callable[[], object]) -> float:
 def compare(
     case: str, peer: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int
 ) -> Comparison:
-    """Warm both up by one call of ours (it compiles), then time them in turns."""
+    """Warm both up by one call, then time them in turns."""
     ours()
+    theirs()
     times = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
     return Comparison(case, peer, [a for a, _ in times], [b for _, b in times])
 

@@ -1,6 +1,7 @@
-"""CEBRA's metrics in JAX: InfoNCE and goodness of fit; fast, seeded, with error bars."""
+"""CEBRA's metrics in JAX: InfoNCE, goodness of fit and consistency; fast, with error bars."""
 
 from cebra_jax_metrics import samplers
+from cebra_jax_metrics.alignment import align_embeddings
 from cebra_jax_metrics.checkpoints import (
     CheckpointError,
     from_cebra,
@@ -9,6 +10,7 @@ from cebra_jax_metrics.checkpoints import (
     save,
     to_state_dict,
 )
+from cebra_jax_metrics.consistency import consistency_matrix
 from cebra_jax_metrics.encoders import Encoder, architecture_names, register_architecture
 from cebra_jax_metrics.estimation import Estimate, draw, estimate_infonce, evaluate
 from cebra_jax_metrics.infonce import (
@@ -20,6 +22,7 @@ from cebra_jax_metrics.infonce import (
     infonce,
 )
 from cebra_jax_metrics.metrics import (
+    consistency_score,
     goodness_of_fit_history,
     goodness_of_fit_score,
     infonce_loss,
@@ -35,6 +38,8 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "goodness_of_fit_score",
     "goodness_of_fit_history",
     "infonce_to_goodness_of_fit",
+    "consistency_score",
+    "align_embeddings",
     # arrays and pytrees
     "InfoNCE",
     "infonce",
@@ -42,6 +47,7 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "euclidean_similarity",
     "chance_level",
     "goodness_of_fit",
+    "consistency_matrix",
     "Estimate",
     "draw",
     "evaluate",

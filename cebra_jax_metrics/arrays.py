@@ -20,8 +20,9 @@ def as_numpy(x: Any) -> np.ndarray:
         x = x.detach().cpu()
         if not hasattr(np, str(x.dtype).removeprefix("torch.")):  # bfloat16
             x = x.float()
-        return x.resolve_conj().numpy()
-    return np.asarray(x)
+        x = x.resolve_conj().numpy()
+    x = np.asarray(x)
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def as_array(x: Any) -> Array | np.ndarray:
@@ -48,9 +49,13 @@ def check_dimensions(x: Array | np.ndarray, least: int) -> None:
 
 def check_finite(x: Array | np.ndarray, what: str) -> None:
     """Refuse NaN and infinity, in the words that scikit-learn and so CEBRA use."""
-    if is_traced(x) or not jnp.issubdtype(x.dtype, jnp.inexact) or bool(jnp.isfinite(x).all()):
+    if is_traced(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return
-    found = "NaN" if bool(jnp.isnan(x).any()) else f"infinity or a value too large for {x.dtype}"
+    with jax.ensure_compile_time_eval():  # known values are looked at even inside jit
+        if bool(jnp.isfinite(x).all()):
+            return
+        has_nan = bool(jnp.isnan(x).any())
+    found = "NaN" if has_nan else f"infinity or a value too large for {x.dtype}"
     raise ValueError(f"Input contains {found}. Interpolate or drop these time steps of {what}.")
 
 

@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -257,9 +257,19 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
             raise ValueError(f"Cannot read {path!r}: expected an .npz file, as numpy.savez writes.")
         try:
             with np.load(file, allow_pickle=False) as data:
-                return {name: data[name] for name in data.files}
+                return dict(_readable(data))
         except Exception as error:  # whatever NumPy stumbles over in a damaged file
             raise ValueError(f"Cannot read {path!r} as an .npz file ({error}).") from error
+
+
+def _readable(data: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a file without those of pickled objects, which are never loaded."""
+    for name in data.files:
+        try:
+            yield name, data[name]
+        except ValueError as error:
+            if "allow_pickle" not in str(error):
+                raise
 
 
 def _named(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:

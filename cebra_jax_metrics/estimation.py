@@ -198,7 +198,8 @@ def estimate_infonce(
         # Chunks are all of one size, so that one compilation serves them: the last overshoots.
         batch = draw(key, sampler, batch_size, chunk_size, start=start)
         parts.append(_losses(as_model(model).criterion, encoder, windows, batch))
-    return _summarise(tuple(parts), num_batches=num_batches, num_negatives=batch_size)
+    num_negatives = batch.negative.shape[-1]
+    return _summarise(tuple(parts), num_batches=num_batches, num_negatives=num_negatives)
 
 
 def _even_chunks(num_batches: int, batch_size: int, chunk_size: int | None) -> int:

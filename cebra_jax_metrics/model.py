@@ -40,7 +40,7 @@ class Criterion:
         if not self.learned:
             return temperature
         lowest = jnp.asarray(self.min_temperature).astype(temperature.dtype)
-        return jnp.where(temperature >= lowest, temperature, lowest)
+        return jnp.where(temperature < lowest, lowest, temperature)
 
     def __call__(self, reference: Array, positive: Array, negative: Array) -> InfoNCE:
         """InfoNCE of one batch of embeddings, see :func:`cebra_jax_metrics.infonce`."""
@@ -64,11 +64,6 @@ class Model:
 
     encoders: tuple[Encoder, ...]
     criterion: Criterion = field(default_factory=Criterion)
-
-    @property
-    def num_sessions(self) -> int:
-        """Number of sessions, 1 for a single-session model."""
-        return len(self.encoders)
 
     def __repr__(self) -> str:
         if len(self.encoders) == 1:

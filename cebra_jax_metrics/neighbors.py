@@ -142,6 +142,11 @@ def _brute_force(
 ) -> Array:
     groups = jnp.zeros(len(labels), jnp.int32) if groups is None else groups
     query_groups = jnp.zeros(len(query), jnp.int32) if query_groups is None else query_groups
+    # Differences in units of the largest value, so that no square overflows: a power of 2, so that
+    # scaling rounds nothing.
+    largest = jnp.maximum(jnp.max(jnp.abs(labels)), jnp.max(jnp.abs(query)))
+    exponent = jnp.maximum(jnp.frexp(largest)[1], 0)
+    scale = jnp.ldexp(jnp.ones_like(largest), -exponent)
     padding = -len(labels) % LABEL_BLOCK
     blocks = (
         jnp.pad(labels, ((0, padding), (0, 0))).reshape(-1, LABEL_BLOCK, labels.shape[1]),
@@ -152,7 +157,7 @@ def _brute_force(
     def search(asking: tuple[Array, Array]) -> Array:
         point, group = asking
         nothing = jnp.full((), jnp.inf, labels.dtype), jnp.zeros((), jnp.int32)
-        return lax.scan(partial(_closer, point, group, length), nothing, blocks)[0][1]
+        return lax.scan(partial(_closer, point, group, length, scale), nothing, blocks)[0][1]
 
     return lax.map(search, (query, query_groups), batch_size=QUERY_BLOCK)
 
@@ -161,11 +166,12 @@ def _closer(
     point: Array,
     group: Array,
     length: ArrayLike,
+    scale: Array,
     best: tuple[Array, Array],
     block: tuple[Array, Array, Array],
 ) -> tuple[tuple[Array, Array], None]:
     labels, groups, steps = block
-    distance = jnp.sum((labels - point[None, :]) ** 2, axis=1)
+    distance = jnp.sum(((labels - point[None, :]) * scale) ** 2, axis=1)
     distance = jnp.where((steps < length) & (groups == group), distance, jnp.inf)
     here = jnp.argmin(distance)
     is_closer = distance[here] < best[0]

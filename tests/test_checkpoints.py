@@ -781,3 +781,20 @@ def test_places_that_cannot_be_written(path, tmp_path):
         with pytest.raises(OSError, match="directory"):
             cjm.save(golden(SINGLE), target)
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_stacked_models_are_not_written(tmp_path):
+    checkpoint = cjm.load(GOLDEN / "offset10-model.pt")
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), checkpoint.model)
+    with pytest.raises(cjm.CheckpointError, match="has shape"):
+        cjm.save(cjm.Checkpoint(stacked), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_learned_temperature_needs_its_mode():
+    state = cjm.to_state_dict(cjm.load(GOLDEN / "offset10-model.pt"))
+    state["log_inverse_temperature"] = np.float32(3.0)
+    with pytest.raises(cjm.CheckpointError, match="temperature_mode is not 'auto'"):
+        cjm.from_state_dict(
+            state, model_architecture="offset10-model", num_hidden_units=6, output_dimension=3
+        )

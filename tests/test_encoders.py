@@ -150,6 +150,24 @@ def test_custom_architecture():
         register_architecture("other", init=None, apply=apply, offset=(1, 1))
 
 
+@pytest.mark.usefixtures("registry")
+def test_shape_that_a_custom_architecture_returns_is_checked():
+    register_architecture(
+        "same", init=lambda *_: {}, apply=lambda params, X: X[:, :3], offset=(2, 3)
+    )
+    model = Model((Encoder.init(jax.random.key(0), "same", 4, 1, 3),))
+    with pytest.raises(ValueError, match=r"'same'.*its offset or its apply is wrong"):
+        embed(model, np.zeros((20, 4)))
+
+
+@pytest.mark.usefixtures("registry")
+def test_architecture_without_parameters():
+    register_architecture("identity", init=lambda *_: {}, apply=lambda _, X: X, offset=(0, 1))
+    model = Model((Encoder.init(jax.random.key(0), "identity", 4, 1, 4),))
+    X = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    np.testing.assert_array_equal(embed(model, X), X)
+
+
 def test_repr_is_short():
     encoders = tuple(Encoder.init(jax.random.key(0), "offset5-model", n, 4, 3) for n in (5, 7))
     single, several = Model(encoders[:1]), Model(encoders, Criterion("cosine", 0.5))

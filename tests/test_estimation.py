@@ -1,6 +1,7 @@
 """Estimates: draw, evaluate, average; under JAX's transformations; traces, dtypes, lowering."""
 
 import json
+from functools import partial
 
 import chex
 import jax
@@ -13,6 +14,7 @@ from cebra_jax_metrics import (
     Criterion,
     Encoder,
     Model,
+    consistency_matrix,
     draw,
     embed,
     estimate_infonce,
@@ -22,9 +24,10 @@ from cebra_jax_metrics import (
     infonce,
 )
 from cebra_jax_metrics.neighbors import nearest_under_jit
-from cebra_jax_metrics.samplers import Batch, Time, TimeDelta
+from cebra_jax_metrics.samplers import Batch, DeltaNormal, Time, TimeDelta
 
 from .conftest import GOLDEN
+from .test_samplers import SAMPLERS
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -163,17 +166,43 @@ def test_dtypes_in_and_out():
     np.testing.assert_allclose(estimate.loss, narrow.loss, rtol=1e-5)
 
 
+def test_known_arrays_inside_jit():
+    """Arrays that a jitted function closes over are checked while it is traced."""
+    recording, batch = jnp.asarray(X), draw(KEY, SAMPLER, 16, 2)
+    loss = jax.jit(lambda m: evaluate(m, recording, batch).loss)(MODEL)
+    np.testing.assert_allclose(loss, evaluate(MODEL, X, batch).loss, rtol=1e-6)
+    broken = recording * jnp.nan
+    with pytest.raises(ValueError, match="NaN"):
+        jax.jit(lambda m: embed(m, broken))(MODEL)
+    query = jax.jit(lambda key: DeltaNormal(LABELS, 0.1).propose(key, 4).query)(KEY)
+    assert query.shape == (4, 2)
+
+
+def test_learned_temperature_that_is_nan_stays_nan():
+    broken = Criterion(temperature=jnp.nan, learned=True, min_temperature=0.1)
+    assert np.isnan(broken.effective_temperature)
+
+
+def test_number_of_negatives_is_that_of_the_batch():
+    class Many(Time):
+        def propose(self, key, batch_size):
+            proposal = super().propose(key, batch_size)
+            return proposal._replace(negative=jnp.tile(proposal.negative, 3))
+
+    pytree = jax.tree_util.register_pytree_node
+    pytree(Many, lambda s: ((s.length, s.time_offset), None), lambda _, leaves: Many(120, 1))
+    estimate = estimate_infonce(KEY, MODEL, X, Many(120, 1), **SIZES)
+    assert estimate.num_negatives == 48
+
+
 def test_checkpoint_in_place_of_a_model():
     found = estimate_infonce(KEY, Checkpoint(MODEL), X, SAMPLER, **SIZES)
     chex.assert_trees_all_equal(found, estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES))
 
 
-def test_the_same_numbers_on_every_version_of_jax():
-    """Written by jax 0.10.2; a change of JAX's generators would show here."""
+def test_the_same_loss_on_every_version_of_jax():
+    """Written by jax 0.10.2."""
     expected = json.loads((GOLDEN / "draws.json").read_text())
-    batch = draw(KEY, SAMPLER, 5, 2)
-    for name in Batch._fields:
-        np.testing.assert_array_equal(getattr(batch, name), expected[name])
     estimate = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES)
     np.testing.assert_allclose(float(estimate.loss), expected["loss"], rtol=1e-6)
 
@@ -181,24 +210,35 @@ def test_the_same_numbers_on_every_version_of_jax():
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_lower_for_every_platform(name):
+    sampler = SAMPLERS[name]
+    old_key = jax.random.key_data(KEY)  # typed keys cannot cross an export
+
+    def sample(key, sampler):
+        return draw(jax.random.wrap_key_data(key), sampler, 16, 4)
+
+    text = jax.export.export(jax.jit(sample), platforms=PLATFORMS)(old_key, sampler).mlir_module()
+    assert "f64" not in text
+    assert "callback" not in text
+
+
 def test_lowers_for_every_platform():
     encoder, criterion = MODEL.encoders[0], MODEL.criterion
     batch = draw(KEY, SAMPLER, 16, 4)
     windows = estimation._windows(encoder, X)
-    old_key = jax.random.key_data(KEY)  # typed keys cannot cross an export
-    propose = jax.jit(
-        lambda key, sampler: estimation._propose(
-            jax.random.wrap_key_data(key), sampler, 0, batch_size=16, num_batches=4
-        )
-    )
+    groups = jnp.zeros(120, jnp.int32)
+    blocked = partial(infonce, similarity="euclidean", block_size=32)
     jitted = (
         (estimation._windows, (encoder, X)),
         (estimation._losses, (criterion, encoder, windows, batch)),
-        (propose, (old_key, SAMPLER)),
+        (jax.jit(partial(Encoder.encode, pad=True)), (encoder, X)),
+        (jax.jit(consistency_matrix), ([X, X[:, :3]],)),
         (nearest_under_jit, (SAMPLER.labels, SAMPLER.labels, 120)),
         (nearest_under_jit, (SAMPLER.labels[:, :1], SAMPLER.labels[:, :1], 120)),
         (jax.jit(infonce), (X, X, X)),
-        (jax.jit(lambda s: s.propose(KEY, 8)), (SAMPLER,)),
+        (jax.jit(blocked), (X, X, X)),
+        (nearest_under_jit, (SAMPLER.labels, SAMPLER.labels, 120, groups, groups)),
     )
     for function, arguments in jitted:
         text = jax.export.export(function, platforms=PLATFORMS)(*arguments).mlir_module()
@@ -206,10 +246,16 @@ def test_lowers_for_every_platform():
         assert "callback" not in text
 
 
-def test_similarities_ask_for_the_highest_precision():
-    text = jax.jit(infonce).lower(X, X, X).as_text()
-    assert "HIGHEST" in text
-    assert "precision = [DEFAULT" not in text
+def test_matrix_products_ask_for_the_highest_precision():
+    encode = jax.jit(Encoder.encode_windows)
+    for lowered in (
+        jax.jit(infonce).lower(X, X, X),
+        jax.jit(partial(infonce, similarity="euclidean")).lower(X, X, X),
+        encode.lower(MODEL.encoders[0], X),
+        consistency_matrix.lower([X, X]),
+    ):
+        text = lowered.as_text()
+        assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0
 
 
 BAD = {

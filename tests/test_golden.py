@@ -74,7 +74,7 @@ def test_loss_and_gradient(case, session, recording):
         assert np.abs(ours[name] - expected).max() <= bound, name
 
 
-def test_clamped_temperature_has_no_gradient(recording):
+def test_one_case_has_a_clamped_temperature(recording):
     checkpoint, _, results = golden("criterion_cosine_auto", None, recording)
     assert float(checkpoint.model.criterion.effective_temperature) == pytest.approx(0.4)
     assert results["grad.log_inverse_temperature"] == 0

@@ -107,12 +107,40 @@ def test_inputs_are_not_modified(position_model, data):
 
 
 @pytest.mark.parametrize(
-    ("case", "labels"),
-    [("time", ()), ("discrete", ("direction",)), ("mixed", ("position", "direction"))],
+    ("case", "labels", "sampler"),
+    [
+        ("time", (), lambda position, direction: Time(len(position), 1)),
+        ("discrete", ("direction",), lambda position, direction: Discrete(direction)),
+        (
+            "mixed",
+            ("position", "direction"),
+            lambda position, direction: Mixed(direction, position, 1),
+        ),
+    ],
 )
-def test_kinds_of_labels(case, labels, recording):
-    loss = infonce_loss(GOLDEN / f"{case}.pt", recording["X"], *(recording[n] for n in labels))
-    assert abs(loss - np.log(16)) < 2
+def test_kinds_of_labels(case, labels, sampler, recording):
+    X, checkpoint = recording["X"], load(GOLDEN / f"{case}.pt")
+    loss = infonce_loss(checkpoint, X, *(recording[n] for n in labels), **QUICK)
+    sampler = sampler(recording["position"], recording["direction"])
+    expected = estimate_infonce(
+        jax.random.key(0), checkpoint, X, sampler, batch_size=16, num_batches=4
+    )
+    assert loss == float(expected.loss)
+
+
+def test_bfloat16_labels_and_foreign_byte_order(position_model, data):
+    X, position = data
+    coarse = jnp.asarray(position, jnp.bfloat16)
+    expected = infonce_loss(position_model, X, np.asarray(coarse, np.float32), **QUICK)
+    assert infonce_loss(position_model, X, coarse, **QUICK) == expected
+    assert infonce_loss(position_model, X.astype(">f4"), coarse, **QUICK) == expected
+
+
+def test_correction_in_x64(position_model, data):
+    with jax.enable_x64(True):
+        corrected = infonce_loss(position_model, *data, correct_by_batchsize=True, **QUICK)
+    expected = infonce_loss(position_model, *data, **QUICK) - np.log(16)
+    assert corrected == pytest.approx(expected, abs=1e-6)
 
 
 def test_session_of_a_multisession_model(recording):
@@ -217,7 +245,7 @@ BAD = {
     "length": (lambda m, X, y: infonce_loss(m, X, y[1:]), ValueError, "Invalid number of samples"),
     "width": (lambda m, X, y: infonce_loss(m, X, y[:, :1]), ValueError, "number of features"),
     "flat": (lambda m, X, y: infonce_loss(m, X, y[:, 0]), ValueError, "number of features"),
-    "kind": (lambda m, X, y: infonce_loss(m, X, y.astype(int)), ValueError, "type of features|one"),
+    "kind": (lambda m, X, y: infonce_loss(m, X, y.astype(int)), ValueError, "type of features"),
     "text": (lambda m, X, y: infonce_loss(m, X, y.astype(str)), ValueError, "numbers"),
     "3d": (lambda m, X, y: infonce_loss(m, X, y[..., None]), ValueError, "Found array with dim 3"),
     "batches": (lambda m, X, y: infonce_loss(m, X, y, num_batches=0), ValueError, "num_steps"),

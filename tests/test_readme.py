@@ -20,6 +20,13 @@ def test_table_of_public_names():
     assert named == set(cebra_jax_metrics.__all__) | set(samplers.__all__)
 
 
+def test_drop_in_example_runs(recording, capsys):
+    example = README.split("<!-- drop-in example -->\n```python\n")[1].split("```")[0]
+    model = ROOT / "tests" / "golden" / "offset10-model.pt"
+    exec(example, {"cebra_model": model, "X": recording["X"], "labels": recording["position"]})
+    assert re.fullmatch(r"-?\d\.\d{3} ± \d\.\d{3} bits\n", capsys.readouterr().out)
+
+
 def test_everything_public_has_a_docstring():
     for module in (cebra_jax_metrics, samplers):
         for name in module.__all__:

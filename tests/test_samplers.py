@@ -1,5 +1,7 @@
 """Distributions of draws against what they should be, and the contracts of samplers."""
 
+import json
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import pytest
 from scipy import stats
 
 from cebra_jax_metrics import draw
-from cebra_jax_metrics.samplers import DeltaNormal, Discrete, Mixed, Time, TimeDelta
+from cebra_jax_metrics.samplers import Batch, DeltaNormal, Discrete, Mixed, Time, TimeDelta
+
+from .conftest import GOLDEN
 
 N = 40
 RNG = np.random.default_rng(0)
@@ -80,6 +84,7 @@ def conditional(name, reference):
     return np.bincount(found, minlength=N).astype(float)
 
 
+@pytest.mark.heavy
 @each
 def test_references_and_negatives_follow_the_prior(name):
     reference, _, negative = many(name)
@@ -87,6 +92,7 @@ def test_references_and_negatives_follow_the_prior(name):
     assert_distributed(negative, prior(name))
 
 
+@pytest.mark.heavy
 @each
 def test_references_and_negatives_are_independent(name):
     reference, _, negative = many(name, seed=1)
@@ -94,6 +100,7 @@ def test_references_and_negatives_are_independent(name):
     assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
+@pytest.mark.heavy
 @each
 def test_positives_follow_the_conditional(name):
     reference, positive, _ = many(name, seed=2)
@@ -134,6 +141,43 @@ def test_batch_i_depends_on_the_key_and_i_only(name):
     alone = sampler.sample(jax.random.fold_in(key, 4), 16)
     chex.assert_trees_all_equal(alone, jax.tree.map(lambda x: x[4], whole))
     assert not np.array_equal(whole.reference[0], whole.reference[1])
+
+
+@each
+def test_the_same_draws_on_every_version_of_jax(name):
+    """Written by jax 0.10.2; a change of JAX's generators would show here."""
+    expected = json.loads((GOLDEN / "draws.json").read_text())[name]
+    batch = draw(jax.random.key(0), SAMPLERS[name], 5, 2)
+    for field in Batch._fields:
+        np.testing.assert_array_equal(getattr(batch, field), expected[field])
+
+
+@pytest.mark.parametrize("name", ["time_delta", "time_delta_1d", "delta_normal", "mixed"])
+def test_every_positive_is_a_nearest_label(name):
+    sampler, key = SAMPLERS[name], jax.random.key(10)
+    query = sampler.propose(key, 500).query
+    allowed = None
+    labels = np.asarray(sampler.continuous if name == "mixed" else sampler.labels)
+    if name == "mixed":
+        query, groups = query
+        allowed = np.asarray(sampler.discrete)[:, None] == np.asarray(groups)[None]
+    expected = nearest(labels, np.asarray(query, np.float64), allowed)
+    np.testing.assert_array_equal(sampler.sample(key, 500).positive, expected)
+
+
+def test_samplers_made_under_jit_keep_their_dtypes_in_x64():
+    wide = np.where(np.arange(N) % 2, 2**32, 0)
+    with jax.enable_x64(True):
+        key = jax.random.key(0)
+        offsets = jnp.asarray([1, 2])
+        positive = jax.vmap(lambda t: Time(N, t).sample(key, 8).positive)(offsets)
+        deltas = jnp.asarray([0.1, 0.2])
+        query = jax.vmap(lambda d: DeltaNormal(CONTINUOUS, d).propose(key, 8).query)(deltas)
+        batch = jax.jit(lambda labels: draw(key, Discrete(labels), 64, 2))(jnp.asarray(wide))
+    assert positive.dtype == jnp.int32
+    assert query.dtype == jnp.float32
+    assert batch.positive.dtype == jnp.int32
+    np.testing.assert_array_equal(wide[batch.reference], wide[batch.positive])
 
 
 @each

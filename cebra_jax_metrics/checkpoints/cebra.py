@@ -124,13 +124,13 @@ def from_state_dict(
             f"Unknown settings {sorted(unknown)}: expected constructor arguments of cebra.CEBRA, "
             f"{sorted(SETTINGS)}."
         )
-    parameters = {name: as_numpy(value) for name, value in state_dict.items()}
+    parameters = _without_module({name: as_numpy(value) for name, value in state_dict.items()})
     criterion = {
         name: parameters.pop(name) for name in (_LOG_INVERSE_TEMPERATURE,) if name in parameters
     }
     settings = _settings({"model_architecture": model_architecture, **settings})
     model = _model(parameters, criterion, settings, num_neurons)
-    settings |= {"num_sessions": _num_sessions(parameters), "label_types": None}
+    settings |= {"num_sessions": _num_sessions(parameters, num_neurons), "label_types": None}
     return Checkpoint(model, settings)
 
 
@@ -167,13 +167,11 @@ def _from_payload(payload: Any) -> Checkpoint:
         raise CheckpointError(
             f"models trained by the solver {_text(solver)} are not supported, only by {_SOLVERS}."
         )
-    parameters = {
-        str(name).removeprefix("module."): value for name, value in state_dict["model"].items()
-    }
+    parameters = _without_module(state_dict["model"])
     num_neurons = state.get("n_features_in_", state.get("n_features_"))
     model = _model(parameters, state_dict.get("criterion", {}), settings, num_neurons)
     settings |= {
-        "num_sessions": _num_sessions(parameters),
+        "num_sessions": _num_sessions(parameters, num_neurons),
         "label_types": _label_types(state.get("label_types_")),
     }
     metadata = {str(k): _text(v) for k, v in payload.get("metadata", {}).items()}
@@ -219,6 +217,11 @@ def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a hybrid model are those of the encoder that it wraps."""
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
 def _plain(value: Any, depth: int = 3) -> Any:
     """A setting as JSON can hold it; of what it cannot hold, or is too large, the kind."""
     if isinstance(value, np.generic):
@@ -237,8 +240,12 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else f"({type(value).__name__})"
 
 
-def _num_sessions(parameters: Mapping[str, Any]) -> int | None:
+def _num_sessions(
+    parameters: Mapping[str, Any], num_neurons: int | Sequence[int] | None
+) -> int | None:
     """Number of sessions that the names of the parameters tell of; ``None`` for a single one."""
+    if isinstance(num_neurons, int):
+        return None
     sessions = {match[1] for name in parameters if (match := re.match(r"(\d+)\.", name))}
     return len(sessions) or None
 
@@ -250,7 +257,7 @@ def _model(
     num_neurons: int | Sequence[int] | None,
 ) -> Model:
     """Encoders and criterion of a torch state dict."""
-    num_sessions = _num_sessions(parameters)
+    num_sessions = _num_sessions(parameters, num_neurons)
     prefixes = [""] if num_sessions is None else [f"{i}." for i in range(num_sessions)]
     neurons = (
         num_neurons if isinstance(num_neurons, list | tuple) else [num_neurons] * len(prefixes)
@@ -269,6 +276,10 @@ def _model(
             f"the names of the parameters are mixed up: {sorted(parameters)[:8]}."
         )
     learned = settings["temperature_mode"] == "auto"
+    if not learned and _LOG_INVERSE_TEMPERATURE in criterion:
+        raise CheckpointError(
+            f"there is a {_LOG_INVERSE_TEMPERATURE}, but temperature_mode is not 'auto'."
+        )
     if learned and _LOG_INVERSE_TEMPERATURE not in criterion:
         raise CheckpointError(
             f"the temperature was learned, but there is no {_LOG_INVERSE_TEMPERATURE} in the state "
@@ -311,12 +322,10 @@ def _encoder(
     expected = {n: array.shape for n, array in arrays.items()} if shapes is None else shapes
     expected = {**expected, **{alias: expected[owner] for alias, owner in aliases.items()}}
     problems = list(_problems(arrays, expected, aliases))
-    if problems or not arrays:
+    if problems:
         raise CheckpointError(
-            f"the parameters do not fit {name!r} with {num_neurons} neurons, {units} hidden units "
-            f"and {outputs} output dimensions: "
-            + ("; ".join(prefix + problem for problem in problems) or "there are none")
-            + "."
+            f"the parameters do not fit {name!r} with {units} hidden units and {outputs} output "
+            f"dimensions: {'; '.join(prefix + problem for problem in problems)}."
         )
     params = {
         n: jnp.asarray(array.astype(np.float32)) for n, array in arrays.items() if n not in aliases

@@ -29,6 +29,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: It is no checkpoint, or its settings hold what JSON cannot.
+        CheckpointError: Its parameters do not fit their architecture (as those of stacked models).
         OSError: The file cannot be written.
     """
     if not isinstance(checkpoint, Checkpoint):
@@ -64,10 +65,10 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         "settings": dict(checkpoint.settings),
         "metadata": dict(checkpoint.metadata),
     }
+    arrays = {name: np.array(value, order="C") for name, value in arrays.items()}
+    _checkpoint(description, dict(arrays))  # what cannot be loaded is not written
     header = {"format": FORMAT, "version": str(VERSION), "checkpoint": json.dumps(description)}
-    data = safetensors.numpy.save(
-        {name: np.array(value, order="C") for name, value in arrays.items()}, header
-    )
+    data = safetensors.numpy.save(arrays, header)
     _write_atomically(Path(path).resolve(), data)
 
 

@@ -290,6 +290,11 @@ def _look_up(module: str, name: str) -> object:
         return key
     if key in _VALUES:
         return _VALUES[key]
+    if module.startswith("cebra.integrations.sklearn"):
+        raise CheckpointError(
+            f"it was saved with backend='torch', as a pickled {module}.{name}, which is not "
+            "supported: load it with CEBRA and save it with backend='sklearn'."
+        )
     raise CheckpointError(
         f"it asks for {module}.{name}, which no CEBRA checkpoint needs; it was refused, and "
         "nothing of the file was executed."

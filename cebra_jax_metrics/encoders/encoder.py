@@ -74,9 +74,21 @@ class Encoder:
         Returns:
             ``(time - receptive_field + 1, output_dimension)``; row 0 belongs to time step
             ``offset[0]``.
+
+        Raises:
+            ValueError: A registered architecture returns another shape.
         """
-        X = jnp.asarray(X).astype(jnp.result_type(*self.params.values()))
-        return self._known.apply(self.params, X, *self.sizes)
+        dtype = jnp.result_type(*self.params.values()) if self.params else jnp.float32
+        X = jnp.asarray(X).astype(dtype)
+        embedding = self._known.apply(self.params, X, *self.sizes)
+        expected = X.shape[0] - self.receptive_field + 1, self.output_dimension
+        if embedding.shape != expected:
+            raise ValueError(
+                f"Architecture {self.architecture!r} with offset {self.offset} embeds "
+                f"{X.shape} as {embedding.shape}, not as {expected}: its offset or its apply is "
+                "wrong."
+            )
+        return embedding
 
     def encode(self, X: Array, pad: bool = True) -> Array:
         """Embed a recording, as CEBRA's ``transform`` does.

@@ -131,8 +131,6 @@ NORMALIZE = Function(lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True))
 class Dropout(Layer):
     """Dropout of whole features; off at evaluation."""
 
-    rate: float = 0.1
-
     def apply(self, params: Parameters, name: str, x: Array) -> Array:
         """Return the input."""
         return x

@@ -145,9 +145,14 @@ def as_discrete(labels: object) -> Array:
             f"Discrete labels have to be integers, got dtype {labels.dtype}; "
             "use a continuous sampler for floats, or cast with astype(int)."
         )
-    if not is_traced(labels):
-        labels = np.unique(np.asarray(labels), return_inverse=True)[1]
-    return jnp.asarray(labels.astype(np.int32))
+    if is_traced(labels):  # not renumbered: wide integers stay wide
+        return jnp.asarray(labels if labels.dtype.itemsize >= 4 else labels.astype(np.int32))
+    return jnp.asarray(np.unique(np.asarray(labels), return_inverse=True)[1].astype(np.int32))
+
+
+def as_leaf(value: Any, dtype: Any) -> Array:
+    """A number, traced or not, as a leaf of one dtype whether or not JAX runs in x64."""
+    return jnp.asarray(value).astype(dtype)
 
 
 def as_length(length: object, labels: Array) -> Array:
@@ -155,7 +160,7 @@ def as_length(length: object, labels: Array) -> Array:
     if length is None:
         length = labels.shape[0]
     if is_traced(length):
-        return length  # type: ignore[return-value]
+        return as_leaf(length, jnp.int32)
     length = as_integer("length", length, at_least=1)
     if length > labels.shape[0]:
         raise ValueError(f"length is {length}, but there are labels for {labels.shape[0]} steps.")

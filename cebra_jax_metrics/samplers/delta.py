@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -12,6 +13,7 @@ from cebra_jax_metrics.samplers.base import (
     Proposal,
     SampleInTwoSteps,
     as_continuous,
+    as_leaf,
     as_length,
     jitted,
     pytree,
@@ -32,9 +34,9 @@ def label_change(labels: Array, steps: Array, time_offset: ArrayLike) -> Array:
 
 def as_time_offset(time_offset: ArrayLike) -> Array:
     """A time offset of at least one step as an int32 leaf."""
-    if is_traced(time_offset):
-        return time_offset  # type: ignore[return-value]
-    return jnp.asarray(as_integer("time_offset", time_offset, at_least=1), jnp.int32)
+    if not is_traced(time_offset):
+        time_offset = as_integer("time_offset", time_offset, at_least=1)
+    return as_leaf(time_offset, jnp.int32)
 
 
 @pytree()
@@ -104,14 +106,14 @@ class DeltaNormal(SampleInTwoSteps):
 
     def __post_init__(self) -> None:
         labels = as_continuous(self.labels)
-        delta = self.delta
-        if not is_traced(delta):
-            delta = jnp.asarray(delta, jnp.float32)
-            if delta.ndim or not 0 <= delta < jnp.inf:
-                raise ValueError(
-                    f"delta has to be a finite number of at least 0, got {self.delta!r}."
-                )
-        set_fields(self, labels=labels, delta=delta, length=as_length(self.length, labels))
+        if not is_traced(self.delta) and (np.ndim(self.delta) or not 0 <= self.delta < np.inf):
+            raise ValueError(f"delta has to be a finite number of at least 0, got {self.delta!r}.")
+        set_fields(
+            self,
+            labels=labels,
+            delta=as_leaf(self.delta, jnp.float32),
+            length=as_length(self.length, labels),
+        )
 
     @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:

@@ -8,6 +8,7 @@ from cebra_jax_metrics.samplers.base import (
     Leaf,
     Proposal,
     SampleInTwoSteps,
+    as_leaf,
     jitted,
     pytree,
     set_fields,
@@ -33,18 +34,17 @@ class Time(SampleInTwoSteps):
     time_offset: Leaf = 1
 
     def __post_init__(self) -> None:
-        if is_traced(self.length, self.time_offset):
-            return
-        offset = as_integer("time_offset", self.time_offset, at_least=0)
-        length = as_integer("length", self.length, at_least=1)
-        if length <= offset:
+        length, offset = self.length, self.time_offset
+        if not is_traced(offset):
+            offset = as_integer("time_offset", offset, at_least=0)
+        if not is_traced(length):
+            length = as_integer("length", length, at_least=1)
+        if not is_traced(length, offset) and length <= offset:
             raise ValueError(
                 "number of samples has to exceed the time offset, but got "
                 f"{length} <= {offset}. Use a longer recording or a smaller time offset."
             )
-        set_fields(
-            self, length=jnp.asarray(length, jnp.int32), time_offset=jnp.asarray(offset, jnp.int32)
-        )
+        set_fields(self, length=as_leaf(length, jnp.int32), time_offset=as_leaf(offset, jnp.int32))
 
     @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:

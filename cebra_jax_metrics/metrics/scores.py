@@ -1,4 +1,4 @@
-"""The functions of ``cebra.sklearn.metrics``, with their signatures: checks, defaults, calls down.
+"""Scores of a model on a recording: checks, defaults, calls down.
 
 They take a :class:`Checkpoint`, the path of a checkpoint or a fitted ``cebra.CEBRA``, arrays of any
 kind, and return Python floats and NumPy arrays.
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -81,7 +82,7 @@ def infonce_loss(
     if return_estimate:
         return estimate
     correction = np.log(estimate.num_negatives) if correct_by_batchsize else 0.0
-    return float(estimate.loss - correction)
+    return float(estimate.loss) - float(correction)
 
 
 @overload
@@ -163,9 +164,9 @@ def score(
         )
     encoder = select_encoder(checkpoint, session_id)
     X = as_recording(X, encoder, session_id)
-    labels = [as_numpy(label) for label in y]
+    labels = [_label_array(label) for label in y]
     _check_labels(checkpoint.settings, labels, len(X), session_id)
-    if num_batches is None or as_integer("num_batches", num_batches, at_least=-1) < 1:
+    if num_batches is None or (isinstance(num_batches, int) and num_batches < 1):
         raise ValueError(
             f"num_steps cannot be less than or equal to zero or None. Got {num_batches}; "
             "num_batches has to be at least 1."
@@ -318,6 +319,14 @@ def sampler_for(
     raise ValueError(
         f"Unknown conditional {conditional!r}: expected 'time', 'time_delta' or 'delta_normal'."
     )
+
+
+def _label_array(label: Any) -> np.ndarray:
+    """Labels as NumPy; kinds of floats that NumPy or JAX lack become float32 or float64."""
+    array = as_numpy(label)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
 def _time_offset(time_offsets: Any) -> int:

@@ -1,0 +1,23 @@
+"""The functions of ``cebra.sklearn.metrics``, with their signatures."""
+
+from cebra_jax_metrics.metrics.consistency import consistency_score
+from cebra_jax_metrics.metrics.scores import (
+    as_checkpoint,
+    goodness_of_fit_history,
+    goodness_of_fit_score,
+    infonce_loss,
+    infonce_to_goodness_of_fit,
+    sampler_for,
+    score,
+)
+
+__all__ = [
+    "as_checkpoint",
+    "consistency_score",
+    "goodness_of_fit_history",
+    "goodness_of_fit_score",
+    "infonce_loss",
+    "infonce_to_goodness_of_fit",
+    "sampler_for",
+    "score",
+]
