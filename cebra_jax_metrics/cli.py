@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import shutil
 import sys
 import zipfile
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, or 2 for a mistake in what was asked."""
     arguments = _parser().parse_args(argv)
     try:
-        print(arguments.run(arguments))
+        print(arguments.run(arguments), flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
         message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         print(f"cebra-jax-metrics: error: {message}", file=sys.stderr)

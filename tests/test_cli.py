@@ -470,3 +470,12 @@ def test_progress_bar_only_in_a_terminal(run, monkeypatch, is_terminal):
     assert code == 0
     assert "bits" in out
     assert ("batches" in err) == is_terminal
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "cebra_jax_metrics", "info", str(FAST)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), err) == (0, b"")
