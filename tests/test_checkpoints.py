@@ -798,3 +798,29 @@ def test_learned_temperature_needs_its_mode():
         cjm.from_state_dict(
             state, model_architecture="offset10-model", num_hidden_units=6, output_dimension=3
         )
+
+
+def test_names_that_start_with_a_digit_need_not_be_sessions(monkeypatch):
+    monkeypatch.setattr(architectures, "_ARCHITECTURES", dict(architectures._ARCHITECTURES))
+    cjm.register_architecture(
+        "sequential",
+        init=lambda key, n, h, d: {"0.weight": jax.random.normal(key, (n, d))},
+        apply=lambda params, X: X @ params["0.weight"],
+        offset=(0, 1),
+    )
+    encoder = cjm.Encoder.init(jax.random.key(0), "sequential", 4, 1, 3)
+    state = cjm.to_state_dict(cjm.Model((encoder,)))
+    checkpoint = cjm.from_state_dict(
+        state, model_architecture="sequential", num_neurons=4, output_dimension=3
+    )
+    X = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    np.testing.assert_array_equal(cjm.embed(checkpoint, X), encoder.encode(X))
+
+
+def test_state_dict_of_a_hybrid_model_has_a_prefix():
+    expected = cjm.load(GOLDEN / "hybrid.pt").model.encoders[0]
+    state = {f"module.{name}": value for name, value in expected.params.items()}
+    checkpoint = cjm.from_state_dict(
+        state, model_architecture="offset10-model", num_hidden_units=6, output_dimension=4
+    )
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.model.encoders[0], expected)

@@ -479,3 +479,9 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     err = process.stderr.read()
     process.stderr.close()
     assert (process.wait(), err) == (0, b"")
+
+
+def test_pickled_objects_in_the_file_are_left_alone(score, save_npz):
+    plain = score(FAST, save_npz(), *FEW, "--labels", "position")
+    path = save_npz(notes=np.array([{"rat": "simulated"}], dtype=object))
+    assert score(FAST, path, *FEW, "--labels", "position") == plain

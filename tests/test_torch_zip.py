@@ -612,3 +612,9 @@ def test_flipped_bytes(file, golden):
         except CheckpointError:
             num_refused += 1
     assert 0 < num_refused < 800
+
+
+def test_pickled_estimators_are_refused_with_the_reason(file):
+    pack(file, call("cebra.integrations.sklearn.cebra", "CEBRA"))
+    with pytest.raises(CheckpointError, match=r"backend='torch'.*save it with backend='sklearn'"):
+        read_torch_zip(file)
