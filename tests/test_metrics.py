@@ -249,6 +249,11 @@ BAD = {
     "text": (lambda m, X, y: infonce_loss(m, X, y.astype(str)), ValueError, "numbers"),
     "3d": (lambda m, X, y: infonce_loss(m, X, y[..., None]), ValueError, "Found array with dim 3"),
     "batches": (lambda m, X, y: infonce_loss(m, X, y, num_batches=0), ValueError, "num_steps"),
+    "negative_batches": (
+        lambda m, X, y: infonce_loss(m, X, y, num_batches=-3),
+        ValueError,
+        "num_steps",
+    ),
     "no_batches": (
         lambda m, X, y: infonce_loss(m, X, y, num_batches=None),
         ValueError,

@@ -1,8 +1,8 @@
 """Layers of CEBRA's encoders as pure functions over a dictionary of parameters.
 
 Recordings are ``(time, features)``. A convolution over time without padding is one matrix product
-with the weights of all taps, summed along shifted diagonals: on the CPU several times faster than
-XLA's convolution, to run and to compile.
+with the weights of all taps, summed along shifted diagonals: on the CPU faster than XLA's
+convolution, to run and to compile.
 A layer knows the shapes of its parameters by torch's names (``weight``, ``bias``), and torch's
 layouts, so that a torch state dict needs no conversion.
 """
