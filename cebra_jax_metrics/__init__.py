@@ -10,7 +10,7 @@ from cebra_jax_metrics.checkpoints import (
     save,
     to_state_dict,
 )
-from cebra_jax_metrics.consistency import consistency_matrix
+from cebra_jax_metrics.consistency import NullTest, consistency_matrix, shifted_consistency
 from cebra_jax_metrics.encoders import Encoder, architecture_names, register_architecture
 from cebra_jax_metrics.estimation import Estimate, draw, estimate_infonce, evaluate
 from cebra_jax_metrics.infonce import (
@@ -22,7 +22,10 @@ from cebra_jax_metrics.infonce import (
     infonce,
 )
 from cebra_jax_metrics.metrics import (
+    Consistency,
+    ConsistencyTest,
     consistency_score,
+    consistency_test,
     goodness_of_fit_history,
     goodness_of_fit_score,
     infonce_loss,
@@ -38,6 +41,7 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "goodness_of_fit_score",
     "goodness_of_fit_history",
     "infonce_to_goodness_of_fit",
+    "Consistency",
     "consistency_score",
     "align_embeddings",
     # arrays and pytrees
@@ -48,10 +52,15 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "chance_level",
     "goodness_of_fit",
     "consistency_matrix",
+    "shifted_consistency",
     "Estimate",
     "draw",
     "evaluate",
     "estimate_infonce",
+    # inference
+    "consistency_test",
+    "ConsistencyTest",
+    "NullTest",
     # models
     "Model",
     "Encoder",

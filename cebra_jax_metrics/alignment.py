@@ -109,10 +109,7 @@ def align_embeddings(
                 f"number of samples as its embedding, got {len(array)} samples in embedding and "
                 f"{len(value)} samples in label."
             )
-    if all(value.dtype.kind in "iu" for value in values):
-        bins = _bins_of_values(values, on_missing)
-    else:
-        bins = _bins_of_range(values, n_bins)
+    bins = label_bins(values, n_bins, on_missing)
     aligned = [_aligned(array, bins, i) for i, array in enumerate(arrays)]
     if normalize:
         aligned = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in aligned]
@@ -135,17 +132,34 @@ def _kind_of(value: np.ndarray) -> str:
     return "string" if value.dtype.kind in "US" else str(value.dtype)
 
 
-class _Bins(NamedTuple):
-    """Bin of every time step of every recording, and which bins become rows."""
+class Bins(NamedTuple):
+    """Bins shared by the labels of several recordings.
+
+    Attributes:
+        places: Bin of every time step, per recording; -1 for those of no bin.
+        number: Number of bins.
+        margin: Number of bins at either end that become no row.
+        reach: How far an empty bin may reach.
+        names: What the labels of every row are.
+    """
 
     places: list[np.ndarray]
     number: int
-    rows: slice
+    margin: int
     reach: int
     names: list[str]
 
 
-def _bins_of_range(values: Sequence[np.ndarray], n_bins: int) -> _Bins:
+def label_bins(
+    labels: Sequence[np.ndarray], n_bins: int, on_missing: Literal["raise", "drop"] = "raise"
+) -> Bins:
+    """Bins shared by the labels of several recordings: of integers by value, else by range."""
+    if all(label.dtype.kind in "iu" for label in labels):
+        return _bins_of_values(labels, on_missing)
+    return _bins_of_range(labels, n_bins)
+
+
+def _bins_of_range(values: Sequence[np.ndarray], n_bins: int) -> Bins:
     """Bins between edges that are spread evenly over the range of all labels.
 
     The labels at the upper limit have a bin of their own, which becomes no row: only an empty bin
@@ -155,10 +169,10 @@ def _bins_of_range(values: Sequence[np.ndarray], n_bins: int) -> _Bins:
     edges = np.linspace(low, high, n_bins)
     places = [np.digitize(value, edges) for value in values]
     names = [f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges)]
-    return _Bins(places, n_bins + 1, slice(1, n_bins), REACH, names)
+    return Bins(places, n_bins + 1, 1, REACH, names)
 
 
-def _bins_of_values(values: Sequence[np.ndarray], on_missing: str) -> _Bins:
+def _bins_of_values(values: Sequence[np.ndarray], on_missing: str) -> Bins:
     """A bin for every integer value that all labels have."""
     if on_missing not in ("raise", "drop"):
         raise ValueError(f"on_missing has to be 'raise' or 'drop', got {on_missing!r}.")
@@ -176,15 +190,15 @@ def _bins_of_values(values: Sequence[np.ndarray], on_missing: str) -> _Bins:
     if not everywhere.size:
         raise ValueError("The labels of the embeddings have no value in common.")
     if missing:
-        warnings.warn(f"Dropped label values that not all have: {missing}.", stacklevel=3)
+        warnings.warn(f"Dropped label values that not all have: {missing}.", stacklevel=4)
     places = []
     for value in values:
         place = np.minimum(np.searchsorted(everywhere, value), len(everywhere) - 1)
         places.append(np.where(everywhere[place] == value, place, -1))
-    return _Bins(places, len(everywhere), slice(None), 0, [str(x) for x in everywhere])
+    return Bins(places, len(everywhere), 0, 0, [str(x) for x in everywhere])
 
 
-def _aligned(embedding: Array | np.ndarray, bins: _Bins, number: int) -> np.ndarray:
+def _aligned(embedding: Array | np.ndarray, bins: Bins, number: int) -> np.ndarray:
     """Rows of one embedding; float64 NumPy arrays are averaged in float64."""
     is_wide = isinstance(embedding, np.ndarray) and embedding.dtype == np.float64
     with jax.enable_x64(True) if is_wide else contextlib.nullcontext():
@@ -194,12 +208,13 @@ def _aligned(embedding: Array | np.ndarray, bins: _Bins, number: int) -> np.ndar
         valid = ~jnp.isnan(embedding).any(axis=1)
         places = jnp.asarray(bins.places[number], jnp.int32)
         means, filled = bin_means(embedding, places, valid, num_bins=bins.number, reach=bins.reach)
-        rows, is_filled = np.asarray(means)[bins.rows], np.asarray(filled)[bins.rows]
+        inner = slice(bins.margin, bins.number - bins.margin)
+        rows, is_filled = np.asarray(means)[inner], np.asarray(filled)[inner]
     if not is_filled.all():
         empty = int(np.argmin(is_filled))
         raise ValueError(
             "Digitalized labels does not have elements close enough to bin index "
-            f"{empty + (bins.rows.start or 0)} (labels {bins.names[empty]}) in embedding {number}: "
+            f"{empty + bins.margin} (labels {bins.names[empty]}) in embedding {number}: "
             "use fewer bins, or leave out the recordings that do not cover these labels."
         )
     return rows

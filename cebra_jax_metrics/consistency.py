@@ -5,17 +5,25 @@ The R² of an ordinary least-squares fit needs nothing but second moments. With 
 
     R²(X → y) = |Qᵀ y|² / |y|²
 
-so that one matrix product of all embeddings' columns with each other serves every ordered pair.
+so that one matrix product of all embeddings' columns with each other serves every ordered pair, the
+moments of some rows less give every cross-validation fit, and a circular cross-correlation of Q and
+y gives R² at every time shift.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
-Map = Callable[[Array], Array]
+from cebra_jax_metrics.alignment import bin_means
+from cebra_jax_metrics.arrays import as_integer
+
+Terms = Callable[[Array, Array], Any]
 HIGHEST = lax.Precision.HIGHEST
 # scikit-learn's LinearRegression drops singular values below this share of the largest.
 RANK_TOLERANCE = 1e-6
@@ -23,10 +31,13 @@ RANK_TOLERANCE = 1e-6
 # may be lost, bases are made orthonormal a second time.
 LOSS_TOLERANCE = 1e-10
 BLOCK_SIZE = 2048
+SAMPLES_AT_A_TIME = 16
 
 
-@partial(jax.jit, static_argnames="block_size")
-def consistency_matrix(embeddings: Sequence[Array], *, block_size: int = BLOCK_SIZE) -> Array:
+@partial(jax.jit, static_argnames=("cv", "block_size"))
+def consistency_matrix(
+    embeddings: Sequence[Array], *, cv: int | None = None, block_size: int = BLOCK_SIZE
+) -> Array:
     """R² of the linear regression from every embedding to every other one.
 
     Pure and jitted. Rows are streamed in blocks, so that memory beyond the embeddings themselves
@@ -34,30 +45,214 @@ def consistency_matrix(embeddings: Sequence[Array], *, block_size: int = BLOCK_S
 
     Args:
         embeddings: M arrays ``(rows, features)`` of equal length; their widths may differ.
+        cv: Number of contiguous folds of rows, each predicted by the fit to all others; ``None``
+            scores the rows that were fitted.
         block_size: Rows worked on at a time.
 
     Returns:
         ``(M, M)``: at i, j the R² of predicting embedding j from embedding i, averaged over j's
-        columns; 1 on the diagonal. A constant column counts 1, as it is predicted exactly.
+        columns; 1 on the diagonal unless cross-validated. A constant column counts 1, as it is
+        predicted exactly. With ``cv``, R² is that of the predictions of all rows together, about
+        the mean of all rows; it is negative where predictions are worse than that mean.
 
     Raises:
-        ValueError: The embeddings differ in length, or are not two-dimensional.
+        ValueError: The embeddings differ in length, are not two-dimensional, or have fewer rows
+            than folds.
+        TypeError: ``cv`` is no integer.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.consistency_score``; scikit-learn
-    ``LinearRegression`` and ``r2_score``.
+    ``LinearRegression``, ``r2_score``, ``KFold`` and ``cross_val_predict``.
     """
     shapes = [jnp.shape(x) for x in embeddings]
     if len({shape[:1] for shape in shapes}) != 1 or any(len(shape) != 2 for shape in shapes):
         raise ValueError(f"Expected arrays (rows, features) of equal length, got {shapes}.")
     rows = _Rows(embeddings, block_size)
-    moments = rows.moments(lambda block: block, lambda block: block)
-    bases, condition = _whitening(moments)
-    explained = lax.cond(
-        condition**2 * jnp.finfo(moments.dtype).eps > LOSS_TOLERANCE,
-        lambda: _explained_carefully(rows, bases),
-        lambda: jnp.einsum("ipk,ipjq->ijkq", bases, moments, precision=HIGHEST),
+    moments = rows.moments()
+    bases, is_ill = _bases(rows, moments)
+    total = jnp.einsum("jqjq->jq", moments)
+    if cv is None:
+        cross = jnp.einsum("ipk,ipjq->ikjq", bases, moments, precision=HIGHEST)
+        explained = jnp.sum(cross**2, axis=1)
+    else:
+        # Where there are fewer rows than columns, the fit depends on the coordinates: they are
+        # only changed where digits would be lost.
+        columns = jnp.where(is_ill, bases, jnp.eye(bases.shape[1], dtype=bases.dtype))
+        explained = total[None] - _held_out_error(rows, columns, _folds(rows.number, cv))
+    return jnp.einsum("ijq,jq->ij", _share(explained, total[None]), rows.weights, precision=HIGHEST)
+
+
+@jax.jit
+def shifted_consistency(source: Array, target: Array) -> Array:
+    """R² of the linear regression from one embedding to another, at every circular time shift.
+
+    The moments of an embedding with itself do not change under a shift; those of two embeddings
+    are their circular cross-correlation, which the FFT gives for all shifts at once.
+
+    Args:
+        source: ``(rows, features)``.
+        target: ``(rows, other features)``.
+
+    Returns:
+        ``(rows,)``: at s, the R² of predicting ``jnp.roll(target, s, axis=0)`` from ``source``, as
+        :func:`consistency_matrix` defines it.
+
+    Raises:
+        ValueError: The embeddings differ in length, or are not two-dimensional.
+    """
+    if source.ndim != 2 or target.ndim != 2 or len(source) != len(target):
+        raise ValueError(
+            "Expected two arrays (rows, features) of equal length, got shapes "
+            f"{source.shape} and {target.shape}."
+        )
+    spectra = _Spectra.of([source, target])
+    return spectra.under_shifts(jnp.asarray(0), jnp.asarray(1))
+
+
+class NullTest(NamedTuple):
+    """Observed scores against what they would be if nothing but chance related the embeddings.
+
+    Attributes:
+        observed: The scores.
+        null_mean: Mean of the scores under the null hypothesis.
+        null_quantiles: Their quantiles, along the first axis.
+        effect: Observed minus null mean.
+        p_value: ``(1 + number of null scores not below the observed) / (1 + number of them)``.
+    """
+
+    observed: Array
+    null_mean: Array
+    null_quantiles: Array
+    effect: Array
+    p_value: Array
+
+
+def against_null(observed: ArrayLike, null: ArrayLike, quantiles: ArrayLike) -> NullTest:
+    """Compare scores with samples from their null distribution.
+
+    Args:
+        observed: Scores ``(…)``.
+        null: ``(samples, …)``.
+        quantiles: Levels ``(quantiles,)`` in [0, 1].
+    """
+    observed, null = jnp.asarray(observed), jnp.asarray(null)
+    # Scores that are equal but for rounding count as equal, which is the cautious side.
+    slack = 64 * float(jnp.finfo(null.dtype).eps)
+    mean = jnp.mean(null, axis=0)
+    reached = jnp.sum(null >= observed[None] - slack, axis=0)
+    return NullTest(
+        observed=observed,
+        null_mean=mean,
+        null_quantiles=jnp.quantile(null, jnp.asarray(quantiles, null.dtype), axis=0),
+        effect=observed - mean,
+        p_value=(1 + reached.astype(null.dtype)) / (1 + len(null)),
     )
-    return _r_squared(explained, moments, rows.widths)
+
+
+@partial(jax.jit, static_argnames="min_shift")
+def shift_test(
+    embeddings: Sequence[Array], quantiles: Array, *, min_shift: int = 1
+) -> tuple[NullTest, NullTest]:
+    """The consistency of runs against all circular time shifts of one against the other.
+
+    Args:
+        embeddings: M arrays ``(rows, features)`` of equal length.
+        quantiles: Levels ``(quantiles,)``.
+        min_shift: The smallest shift that belongs to the null distribution, either way.
+
+    Returns:
+        The test of every ordered pair ``(M (M - 1),)``, and that of their mean. For the mean,
+        embedding m is shifted by m times the shift, so that the shifts of all form a group.
+    """
+    spectra = _Spectra.of(embeddings)
+    number = spectra.number
+    shifts = jnp.arange(number)
+
+    def test(mean: Array, pair: tuple[Array, Array]) -> tuple[Array, NullTest]:
+        i, j = pair
+        scores = spectra.under_shifts(i, j)
+        result = against_null(scores[0], scores[min_shift : number + 1 - min_shift], quantiles)
+        return mean + scores[(j - i) * shifts % number], result
+
+    pairs = np.argwhere(~np.eye(len(embeddings), dtype=bool))
+    source, target = jnp.asarray(pairs.T)
+    total, each = lax.scan(test, jnp.zeros(number, spectra.weights.dtype), (source, target))
+    mean = total / len(pairs)
+    null = mean[min_shift : number + 1 - min_shift]
+    each = each._replace(null_quantiles=each.null_quantiles.T)
+    return each, against_null(mean[0], null, quantiles)
+
+
+class Relabelled(NamedTuple):
+    """Consistency of datasets, with wrong labels for some.
+
+    Attributes:
+        target: ``(…, M, M)``: the labels of the predicted dataset are wrong.
+        source: ``(…, M, M)``: those of the predicting one are.
+        both: ``(…, M, M)``: those of both are.
+    """
+
+    target: Array
+    source: Array
+    both: Array
+
+
+@partial(jax.jit, static_argnames=("num_bins", "margin", "reach", "permute", "min_shift"))
+def relabelled_consistency(
+    keys: Array,
+    embeddings: Sequence[Array],
+    places: Sequence[Array],
+    *,
+    num_bins: int,
+    margin: int,
+    reach: int,
+    permute: bool = False,
+    min_shift: int = 1,
+) -> Relabelled:
+    """The consistency of datasets whose labels are shifted or permuted before alignment.
+
+    Args:
+        keys: PRNG keys ``(samples,)``.
+        embeddings: M arrays ``(time, features)`` without NaN.
+        places: Integers ``(time,)`` for each: the bin of every time step.
+        num_bins: Number of bins.
+        margin: Number of bins at either end that become no row.
+        reach: How far an empty bin may reach (:func:`~cebra_jax_metrics.alignment.bin_means`).
+        permute: Permute the labels of each instead of shifting them circularly.
+        min_shift: The smallest shift, either way.
+
+    Returns:
+        For every key matrices of scores ``(samples, M, M)``.
+    """
+
+    def align(x: Array, place: Array) -> Array:
+        every = jnp.ones(len(x), bool)
+        means, _ = bin_means(x, place, every, num_bins=num_bins, reach=reach)
+        rows = means[margin : num_bins - margin]
+        return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+    def wrong(key: Array, place: Array) -> Array:
+        if permute:
+            return jax.random.permutation(key, place)
+        end = len(place) + 1 - min_shift
+        return jnp.roll(place, jax.random.randint(key, (), min_shift, end, dtype=jnp.int32))
+
+    right = [align(x, place) for x, place in zip(embeddings, places, strict=True)]
+    count = len(right)
+
+    def sample(key: Array) -> Relabelled:
+        own_keys = [jax.random.fold_in(key, number) for number in range(count)]
+        shuffled = [
+            align(x, wrong(own_key, place))
+            for own_key, x, place in zip(own_keys, embeddings, places, strict=True)
+        ]
+        scores = consistency_matrix([*right, *shuffled])
+        return Relabelled(
+            target=scores[:count, count:],
+            source=scores[count:, :count],
+            both=scores[count:, count:],
+        )
+
+    return lax.map(sample, keys, batch_size=SAMPLES_AT_A_TIME)
 
 
 class _Rows:
@@ -65,51 +260,68 @@ class _Rows:
 
     def __init__(self, embeddings: Sequence[Array], block_size: int) -> None:
         self.embeddings = embeddings
-        self.num_rows = len(embeddings[0])
-        self.block_size = min(block_size, self.num_rows)
-        self.widths = [x.shape[1] for x in embeddings]
-        self.means = [jnp.mean(x, axis=0, keepdims=True) for x in embeddings]
+        self.number = len(embeddings[0])
+        self.block_size = min(block_size, self.number)
+        self.dtype = jnp.result_type(*embeddings)
+        # From the first row on, so that the mean of a constant column is that constant.
+        self.means = [x[:1] + jnp.mean(x - x[:1], axis=0, keepdims=True) for x in embeddings]
+        widths = np.array([x.shape[1] for x in embeddings])
+        self.shape = len(widths), int(widths.max())
+        is_real = np.arange(self.shape[1]) < widths[:, None]
+        self.weights = jnp.asarray(is_real / widths[:, None], self.dtype)
 
-    def block(self, number: Array) -> Array:
-        """``(block, embeddings, features)``; rows that the block before has had are 0."""
-        start = jnp.minimum(number * self.block_size, self.num_rows - self.block_size)
-        steps = start + jnp.arange(self.block_size)
-        is_new = (steps >= number * self.block_size)[:, None]
-        widest = max(self.widths)
+    def block(self, start: Array | int, stop: Array | int) -> tuple[Array, Array]:
+        """``(block, embeddings, features)``; ones for rows from start to stop, zeros for others."""
+        first = jnp.minimum(start, self.number - self.block_size)
+        steps = first + jnp.arange(self.block_size)
         parts = []
         for x, mean in zip(self.embeddings, self.means, strict=True):
-            part = lax.dynamic_slice_in_dim(x, start, self.block_size) - mean
-            part = jnp.where(is_new, part, jnp.zeros((), part.dtype))
-            parts.append(jnp.pad(part, ((0, 0), (0, widest - part.shape[1]))))
-        return jnp.stack(parts, axis=1)
+            part = lax.dynamic_slice_in_dim(x, first, self.block_size) - mean
+            parts.append(jnp.pad(part, ((0, 0), (0, self.shape[1] - part.shape[1]))))
+        is_asked = (steps >= start) & (steps < stop)
+        return jnp.stack(parts, axis=1), is_asked.astype(self.dtype)[:, None, None]
 
-    def moments(self, left: Map, right: Map) -> Array:
-        """Sum over rows of the products of ``left(block)`` and ``right(block)``.
+    def sum(self, terms: Terms, start: Array | int = 0, stop: Array | int | None = None) -> Any:
+        """Sum of ``terms(block, is_asked)`` over the blocks of all rows, or of those asked for."""
+        end = self.number if stop is None else stop
 
-        Returns:
-            ``(embeddings, features, embeddings, features)``.
-        """
-        num_blocks = -(-self.num_rows // self.block_size)
-        size = len(self.embeddings), max(self.widths)
+        def add(number: Array, total: Any) -> Any:
+            new = terms(*self.block(start + number * self.block_size, end))
+            return jax.tree.map(jnp.add, total, new)
 
-        def add(number: Array, total: Array) -> Array:
-            block = self.block(number)
-            columns = (x.reshape(len(x), -1) for x in (left(block), right(block)))
-            return total + jnp.einsum("np,nq->pq", *columns, precision=HIGHEST)
+        shapes = jax.eval_shape(lambda: terms(*self.block(start, end)))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return lax.fori_loop(0, -(-(end - start) // self.block_size), add, zeros)
 
-        width = size[0] * size[1]
-        total = jnp.zeros((width, width), jnp.result_type(*self.embeddings))
-        return lax.fori_loop(0, num_blocks, add, total).reshape(*size, *size)
+    def moments(self) -> Array:
+        """Second moments ``(embeddings, features, embeddings, features)``."""
+        return self.sum(lambda x, is_asked: _cross(x * is_asked, x))
+
+
+def _cross(a: Array, b: Array) -> Array:
+    """Products of all with all, summed over rows ``(embeddings, columns, embeddings, columns)``."""
+    return jnp.einsum("nip,njq->ipjq", a, b, precision=HIGHEST)
+
+
+def _own(a: Array) -> Array:
+    """Products of each with itself, summed over rows ``(embeddings, columns, columns)``."""
+    return jnp.einsum("nip,niq->ipq", a, a, precision=HIGHEST)
+
+
+def _project(columns: Array) -> Callable[[Array], Array]:
+    return lambda block: jnp.einsum("nip,ipk->nik", block, columns, precision=HIGHEST)
 
 
 def _whitening(moments: Array) -> tuple[Array, Array]:
     """Per embedding, the map from its columns to an orthonormal basis, and the worst condition.
 
+    Args:
+        moments: ``(embeddings, features, features)``.
+
     Returns:
         ``(embeddings, features, rank)``, columns beyond the rank 0, and a scalar.
     """
-    auto = jnp.einsum("ipiq->ipq", moments)
-    values, vectors = jnp.linalg.eigh(auto)
+    values, vectors = jnp.linalg.eigh(moments)
     eps = jnp.finfo(moments.dtype).eps
     tolerance = max(RANK_TOLERANCE**2, moments.shape[1] * float(eps))
     largest = values[:, -1:]
@@ -120,24 +332,122 @@ def _whitening(moments: Array) -> tuple[Array, Array]:
     return vectors * scale[:, None, :], jnp.sqrt(jnp.max(ratio))
 
 
-def _explained_carefully(rows: _Rows, bases: Array) -> Array:
-    """Cross moments of bases that are made orthonormal from the rows themselves, once more."""
+def _bases(rows: _Rows, moments: Array) -> tuple[Array, Array]:
+    """The maps to orthonormal bases, and whether the moments alone would have lost digits."""
+    bases, condition = _whitening(jnp.einsum("ipiq->ipq", moments))
+    is_ill = condition**2 * jnp.finfo(moments.dtype).eps > LOSS_TOLERANCE
 
-    def project(block: Array) -> Array:
-        return jnp.einsum("nip,ipk->nik", block, bases, precision=HIGHEST)
+    def again() -> Array:
+        project = _project(bases)
+        correction, _ = _whitening(rows.sum(lambda x, is_asked: _own(project(x * is_asked))))
+        return jnp.einsum("ipk,ikl->ipl", bases, correction, precision=HIGHEST)
 
-    auto = jnp.einsum("ikil->ikl", rows.moments(project, project))
-    values, vectors = jnp.linalg.eigh(auto)  # near 1 within the rank, 0 beyond it
-    kept = values > 0.5
-    scale = jnp.where(kept, lax.rsqrt(jnp.where(kept, values, jnp.ones_like(values))), 0)
-    cross = rows.moments(project, lambda block: block)
-    return jnp.einsum("ikl,ikjq->ijlq", vectors * scale[:, None, :], cross, precision=HIGHEST)
+    return lax.cond(is_ill, again, lambda: bases), is_ill
 
 
-def _r_squared(explained: Array, moments: Array, widths: list[int]) -> Array:
-    total = jnp.einsum("jqjq->jq", moments)[None]
-    share = jnp.sum(explained**2, axis=2) / jnp.where(total > 0, total, jnp.ones_like(total))
-    share = jnp.where(total > 0, share, jnp.ones_like(share))
-    width = jnp.asarray(widths)
-    is_real = jnp.arange(moments.shape[1])[None, :] < width[:, None]
-    return jnp.sum(jnp.where(is_real[None], share, 0), axis=2) / width.astype(share.dtype)[None]
+def _share(explained: Array, total: Array) -> Array:
+    """Explained of total, 1 where there is nothing to explain."""
+    share = explained / jnp.where(total > 0, total, jnp.ones_like(total))
+    return jnp.where(total > 0, share, jnp.ones_like(share))
+
+
+def _folds(number: int, cv: int) -> np.ndarray:
+    """``(folds, 2)``: first row of every contiguous fold, and the one after its last."""
+    cv = as_integer("cv", cv, at_least=2)
+    if cv > number:
+        raise ValueError(f"cv={cv} folds need at least {cv} rows, got {number}.")
+    stops = np.cumsum([len(part) for part in np.array_split(np.arange(number), cv)])
+    return np.stack([np.concatenate([[0], stops[:-1]]), stops], axis=1)
+
+
+def _held_out_error(rows: _Rows, columns: Array, folds: np.ndarray) -> Array:
+    """Squared error of predicting each fold from the fit to all others, summed over rows.
+
+    Args:
+        rows: The embeddings.
+        columns: Maps ``(embeddings, features, columns)`` to the coordinates of the fits.
+        folds: As :func:`_folds` gives them.
+
+    Returns:
+        ``(embeddings, embeddings, features)``: source, target, and its columns.
+    """
+    project = _project(columns)
+
+    def terms(x: Array, is_asked: Array) -> tuple[Array, Array, Array]:
+        target = x * is_asked
+        source = project(target)
+        return _own(source), _cross(source, target), jnp.sum(target**2, axis=0)
+
+    # About the mean of all rows.
+    own, cross, _ = rows.sum(terms)
+
+    def error(fold: Array) -> Array:
+        start, stop = fold
+        held = (stop - start).astype(rows.dtype)
+        sums = rows.sum(lambda x, is_asked: jnp.sum(x * is_asked, axis=0), start, stop)
+        mean = -sums / (rows.number - held)  # of the other rows
+        at = jnp.einsum("ip,ipk->ik", mean, columns, precision=HIGHEST)
+        # Of the held-out rows and, by difference, of the others, all about the others' mean.
+        held_own, held_cross, held_total = rows.sum(
+            lambda x, is_asked: terms(x - mean[None], is_asked), start, stop
+        )
+        fitted_own = own + rows.number * at[:, :, None] * at[:, None, :] - held_own
+        fitted_cross = cross + rows.number * at[:, :, None, None] * mean[None, None] - held_cross
+        bases, _ = _whitening(fitted_own)
+        coefficients = jnp.einsum(
+            "ipk,irk,irjq->ipjq", bases, bases, fitted_cross, precision=HIGHEST
+        )
+        predicted = jnp.einsum(
+            "ipjq,ipr,irjq->ijq", coefficients, held_own, coefficients, precision=HIGHEST
+        )
+        shared = jnp.einsum("ipjq,ipjq->ijq", coefficients, held_cross, precision=HIGHEST)
+        return held_total[None] - 2 * shared + predicted
+
+    return jnp.sum(lax.map(error, jnp.asarray(folds)), axis=0)
+
+
+class _Spectra(NamedTuple):
+    """Fourier transforms along time of orthonormal bases, and of targets of norm 1.
+
+    Attributes:
+        bases: ``(embeddings, rank, frequencies)``.
+        targets: ``(embeddings, features, frequencies)``, 0 for constant columns.
+        weights: ``(embeddings, features)``: what every column counts.
+        constant: ``(embeddings,)``: what constant columns count together.
+        number: Number of time steps.
+    """
+
+    bases: Array
+    targets: Array
+    weights: Array
+    constant: Array
+    number: int
+
+    @classmethod
+    def of(cls, embeddings: Sequence[Array]) -> "_Spectra":
+        rows = _Rows(embeddings, BLOCK_SIZE)
+        moments = rows.moments()
+        bases, _ = _bases(rows, moments)
+        total = jnp.einsum("jqjq->jq", moments)
+        norm = jnp.sqrt(jnp.where(total > 0, total, jnp.ones_like(total)))
+        whole, _ = _Rows(embeddings, rows.number).block(0, rows.number)
+        return cls(
+            bases=jnp.fft.rfft(_project(bases)(whole), axis=0).transpose(1, 2, 0),
+            targets=jnp.fft.rfft(whole / norm[None], axis=0).transpose(1, 2, 0),
+            weights=rows.weights,
+            constant=jnp.sum(jnp.where(total > 0, 0, rows.weights), axis=1),
+            number=rows.number,
+        )
+
+    def under_shifts(self, source: Array, target: Array) -> Array:
+        """R² at every shift of the target ``(rows,)``, one of its columns at a time."""
+        basis = self.bases[source]
+
+        def add(total: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+            spectrum, weight = column
+            correlation = jnp.fft.irfft(basis * jnp.conj(spectrum)[None], self.number, axis=1)
+            return total + weight * jnp.sum(correlation**2, axis=0), None
+
+        start = jnp.full(self.number, self.constant[target])
+        total, _ = lax.scan(add, start, (self.targets[target], self.weights[target]))
+        return total

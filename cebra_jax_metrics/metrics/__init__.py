@@ -1,6 +1,11 @@
 """The functions of ``cebra.sklearn.metrics``, with their signatures."""
 
-from cebra_jax_metrics.metrics.consistency import consistency_score
+from cebra_jax_metrics.metrics.consistency import (
+    Consistency,
+    ConsistencyTest,
+    consistency_score,
+    consistency_test,
+)
 from cebra_jax_metrics.metrics.scores import (
     as_checkpoint,
     goodness_of_fit_history,
@@ -12,8 +17,11 @@ from cebra_jax_metrics.metrics.scores import (
 )
 
 __all__ = [
+    "Consistency",
+    "ConsistencyTest",
     "as_checkpoint",
     "consistency_score",
+    "consistency_test",
     "goodness_of_fit_history",
     "goodness_of_fit_score",
     "infonce_loss",

@@ -1,30 +1,92 @@
-"""Consistency between embeddings of the same or of different recordings."""
+"""Consistency between embeddings of the same or of different recordings, and its null."""
 
 import contextlib
-from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
-from cebra_jax_metrics.alignment import align_embeddings
-from cebra_jax_metrics.arrays import as_array, as_numpy, check_dimensions, check_finite
-from cebra_jax_metrics.consistency import consistency_matrix
+from cebra_jax_metrics.alignment import align_embeddings, label_bins
+from cebra_jax_metrics.arrays import (
+    as_array,
+    as_integer,
+    as_key,
+    as_numpy,
+    check_dimensions,
+    check_finite,
+)
+from cebra_jax_metrics.consistency import (
+    NullTest,
+    against_null,
+    consistency_matrix,
+    relabelled_consistency,
+    shift_test,
+)
+
+Between = Literal["datasets", "runs"]
+
+
+class Consistency(NamedTuple):
+    """Scores of all ordered pairs, and their ids: the triple that CEBRA returns.
+
+    Attributes:
+        scores: R² ``(pairs,)``.
+        pairs: Ids ``(pairs, 2)``: of the predicting embedding, and of the predicted one.
+        ids: Every id once.
+    """
+
+    scores: np.ndarray
+    pairs: np.ndarray
+    ids: np.ndarray
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The scores as a square ``(ids, ids)``, row predicts column; NaN on the diagonal."""
+        places = {name: place for place, name in enumerate(self.ids)}
+        square = np.full((len(places), len(places)), np.nan)
+        for (source, target), score in zip(self.pairs, self.scores, strict=True):
+            square[places[source], places[target]] = score
+        return square
+
+
+class ConsistencyTest(NamedTuple):
+    """Consistency scores against their null distribution.
+
+    Attributes:
+        pairs: Ids ``(pairs, 2)``: of the predicting embedding, and of the predicted one.
+        ids: Every id once.
+        pairwise: The test of every pair, arrays ``(pairs,)``.
+        overall: The test of the mean over all pairs.
+    """
+
+    pairs: np.ndarray
+    ids: np.ndarray
+    pairwise: NullTest
+    overall: NullTest
 
 
 def consistency_score(
     embeddings: Sequence[Any],
-    between: Literal["datasets", "runs"] | None = None,
+    between: Between | None = None,
     labels: Sequence[Any] | None = None,
     dataset_ids: Sequence[Hashable] | None = None,
     num_discretization_bins: int = 100,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    *,
+    cv: int | None = None,
+) -> Consistency:
     """R² of the linear regression between every ordered pair of embeddings.
 
     Between ``"runs"``, row i of all embeddings belongs to the same time step. Between
     ``"datasets"``, embeddings are first aligned on their labels (:func:`align_embeddings`); pairs
     of the same dataset are left out, and scores of the same pair of datasets are averaged.
+
+    R² of the rows that were fitted grows with the number of features, whether or not the
+    embeddings have anything in common; ``cv`` scores rows that were not fitted.
 
     Args:
         embeddings: Arrays ``(time, features)`` of any widths, between datasets of any lengths.
@@ -32,14 +94,18 @@ def consistency_score(
         labels: Between datasets, one array ``(time,)`` per embedding.
         dataset_ids: Between datasets, what each embedding belongs to; each its own by default.
         num_discretization_bins: Number of edges by which float labels are binned.
+        cv: Number of folds of neighbouring time steps or bins, each predicted by the fit to all
+            others (:func:`consistency_matrix`); ``None`` is CEBRA's score.
 
     Returns:
-        Scores ``(pairs,)``, pairs of ids ``(pairs, 2)``, and ids. NumPy arrays and lists are
-        computed in float64, JAX arrays in their own dtype.
+        The triple of scores ``(pairs,)``, pairs of ids ``(pairs, 2)``, and ids; ``.matrix`` is
+        the same as a square. NumPy arrays and lists are computed in float64, JAX arrays in their
+        own dtype. Constant columns count as in scikit-learn's ``r2_score``: 1, or 0 where their
+        mean, rounded, is another number.
 
     Raises:
         ValueError: Too few embeddings or datasets, shapes that do not fit, labels or ids that are
-            missing or superfluous, values that are not finite.
+            missing or superfluous, values that are not finite, more folds than rows.
         NotImplementedError: ``between`` is unknown, or labels are not one-dimensional.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.consistency_score``.
@@ -52,6 +118,138 @@ def consistency_score(
     >>> scores.round(6).tolist(), pairs.tolist(), ids.tolist()
     ([1.0, 1.0], [[0, 1], [1, 0]], [0, 1])
     """
+    arrays, values, ids = _checked(embeddings, between, labels, dataset_ids)
+    with _precision(arrays) as dtype:
+        if values is not None:
+            arrays = list(align_embeddings(arrays, values, n_bins=num_discretization_bins))
+        for array in arrays:
+            check_finite(array, "the embeddings")
+        matrix = np.asarray(consistency_matrix([x.astype(dtype) for x in arrays], cv=cv))
+    if cv is None:
+        matrix = matrix - np.array([_share_of_rounded_columns(x) for x in arrays], dtype)
+    return Consistency(*_by_pair(matrix, ids))
+
+
+def consistency_test(
+    key: ArrayLike,
+    embeddings: Sequence[Any],
+    between: Between | None = None,
+    labels: Sequence[Any] | None = None,
+    dataset_ids: Sequence[Hashable] | None = None,
+    num_discretization_bins: int = 100,
+    *,
+    null: Literal["shift", "permutation"] = "shift",
+    num_samples: int = 1000,
+    min_shift: int = 1,
+    quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+) -> ConsistencyTest:
+    """Test whether embeddings are more consistent than chance.
+
+    Between runs, chance is what remains after one embedding is shifted circularly in time against
+    the other. *All* shifts are scored, so that nothing is drawn. Each pair has its own null
+    distribution; for the mean over pairs, embedding m is shifted by m times the shift.
+
+    Between datasets, labels are shifted circularly in time or permuted before alignment. For a
+    pair, once those of the predicting and once those of the predicted dataset, and what is reported
+    is the one with the larger p-value: a pair is consistent only if both embeddings are related to
+    their labels. For the mean over pairs, the labels of all datasets are shifted, each on its own:
+    its null hypothesis is that none is related to its labels. Permuted labels lose their course in
+    time: where labels and embeddings change slowly, the p-values are then too small.
+
+    Args:
+        key: PRNG key; the same key gives the same result. Between runs it is not used.
+        embeddings: As in :func:`consistency_score`.
+        between: ``"runs"`` or ``"datasets"``.
+        labels: As in :func:`consistency_score`.
+        dataset_ids: As in :func:`consistency_score`.
+        num_discretization_bins: As in :func:`consistency_score`.
+        null: ``"shift"``, or between datasets also ``"permutation"``.
+        num_samples: Between datasets, number of draws from the null distribution.
+        min_shift: The smallest shift, either way, that belongs to the null distribution. With 1,
+            all but the unshifted, the test is exact for stationary series. A larger one leaves
+            out shifts that resemble the data, and so rejects too often in short recordings (500
+            steps of AR(1) series with coefficient 0.95 are short).
+        quantiles: Levels of the null quantiles to return.
+
+    Returns:
+        Per pair, and for the mean over pairs: the observed score, mean and quantiles under the
+        null, the effect, and the p-value, at least ``1 / (1 + number of shifts or samples)``.
+
+    Raises:
+        ValueError: As :func:`consistency_score`; or a shift, a level or ``null`` out of range.
+        TypeError: ``key`` is no PRNG key.
+        NotImplementedError: As :func:`consistency_score`.
+
+    >>> import jax, numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> first = rng.normal(size=(500, 3)).cumsum(axis=0)
+    >>> second = first @ rng.normal(size=(3, 4)) + rng.normal(size=(500, 4))
+    >>> test = consistency_test(jax.random.key(0), [first, second], between="runs")
+    >>> test.pairs.tolist(), test.pairwise.p_value.tolist()
+    ([[0, 1], [1, 0]], [0.002, 0.002])
+    """
+    key = as_key(key)
+    arrays, values, ids = _checked(embeddings, between, labels, dataset_ids)
+    num_samples = as_integer("num_samples", num_samples, at_least=1)
+    min_shift = as_integer("min_shift", min_shift, at_least=1)
+    levels = _checked_levels(quantiles)
+    if null not in ("shift", "permutation"):
+        raise ValueError(f"null has to be 'shift' or 'permutation', got {null!r}.")
+    if values is None:
+        if null != "shift":
+            raise ValueError(
+                "Between runs the null distribution is that of all shifts, null='shift': permuted "
+                "time steps lose their course in time, and any two slow series seem consistent."
+            )
+        for array in arrays:
+            check_finite(array, "the embeddings")
+            _check_shift(min_shift, len(array))
+        with _precision(arrays) as dtype:
+            runs = [jnp.asarray(x.astype(dtype)) for x in arrays]
+            each, overall = shift_test(runs, jnp.asarray(levels, dtype), min_shift=min_shift)
+            _, pairs, unique = _by_pair(np.zeros((len(ids), len(ids))), ids)
+            return ConsistencyTest(pairs, unique, _as_numpy(each), _as_numpy(overall))
+
+    with _precision(arrays) as dtype:
+        aligned = align_embeddings(arrays, values, n_bins=num_discretization_bins)
+        for rows in aligned:
+            check_finite(rows, "the embeddings")
+        bins = label_bins(values, num_discretization_bins)
+        valid = [~np.isnan(np.asarray(x)).any(axis=1) for x in arrays]
+        if null == "shift":
+            for is_valid in valid:
+                _check_shift(min_shift, int(is_valid.sum()))
+        samples = relabelled_consistency(
+            jax.random.split(key, num_samples),
+            [jnp.asarray(x[keep].astype(dtype)) for x, keep in zip(arrays, valid, strict=True)],
+            [jnp.asarray(x[keep]) for x, keep in zip(bins.places, valid, strict=True)],
+            num_bins=bins.number,
+            margin=bins.margin,
+            reach=bins.reach,
+            permute=null == "permutation",
+            min_shift=min_shift,
+        )
+        observed = consistency_matrix([jnp.asarray(x, dtype) for x in aligned])
+        scores, pairs, unique = _by_pair(np.asarray(observed), ids)
+        null_scores = [_by_pair(np.asarray(matrices), ids)[0] for matrices in samples]
+        of_target, of_source = (against_null(scores, x, levels) for x in null_scores[:2])
+        is_target = of_target.p_value >= of_source.p_value
+        each = jax.tree.map(partial(jnp.where, is_target), of_target, of_source)
+        overall = against_null(scores.mean(), null_scores[2].mean(axis=1), levels)
+        return ConsistencyTest(pairs, unique, _as_numpy(each), _as_numpy(overall))
+
+
+def _as_numpy(result: NullTest) -> NullTest:
+    return NullTest(*(np.asarray(x) for x in result))  # type: ignore[arg-type]
+
+
+def _checked(
+    embeddings: Sequence[Any],
+    between: str | None,
+    labels: Sequence[Any] | None,
+    dataset_ids: Sequence[Hashable] | None,
+) -> tuple[list[Array | np.ndarray], list[np.ndarray] | None, list[Hashable]]:
+    """Embeddings as arrays, their labels between datasets, and their ids."""
     if len(embeddings) <= 1:
         raise ValueError(
             "Invalid number of embeddings for dataset, expect at least 2 embeddings to be able to "
@@ -70,39 +268,63 @@ def consistency_score(
     for array in arrays:
         check_dimensions(array, least=2)
     if between == "runs":
-        ids: list[Hashable] = list(range(len(arrays)))
         _check_runs(arrays, labels, dataset_ids)
+        return arrays, None, list(range(len(arrays)))
+    ids: list[Hashable] = list(range(len(arrays)) if dataset_ids is None else dataset_ids)
+    return arrays, _check_datasets(arrays, labels, ids), ids
+
+
+def _check_shift(min_shift: int, steps: int) -> None:
+    if min_shift > steps // 2:
+        raise ValueError(
+            f"min_shift={min_shift} leaves no shift of {steps} time steps; at most half their "
+            "number is possible."
+        )
+
+
+def _checked_levels(quantiles: Sequence[float]) -> np.ndarray:
+    levels = np.asarray(quantiles, float)
+    if levels.ndim != 1 or not ((levels >= 0) & (levels <= 1)).all():
+        raise ValueError(f"quantiles have to be a list of levels from 0 to 1, got {quantiles!r}.")
+    return levels
+
+
+@contextlib.contextmanager
+def _precision(arrays: Sequence[Array | np.ndarray]) -> Iterator[np.dtype]:
+    """The dtype to compute in: float64 unless all arrays are JAX's, then their own."""
+    if all(isinstance(array, Array) for array in arrays):
+        yield np.result_type(np.float32, *(x.dtype for x in arrays))
     else:
-        ids = list(range(len(arrays)) if dataset_ids is None else dataset_ids)
-        values = _check_datasets(arrays, labels, ids)
-        arrays = list(align_embeddings(arrays, values, n_bins=num_discretization_bins))
-    for array in arrays:
-        check_finite(array, "the embeddings")
-    return _pairwise(_matrix(arrays), ids)
+        with jax.enable_x64(True):
+            yield np.dtype(np.float64)
 
 
-def _matrix(arrays: Sequence[Array | np.ndarray]) -> np.ndarray:
-    """The matrix of scores, in float64 unless all arrays are JAX's."""
-    is_wide = any(isinstance(array, np.ndarray) for array in arrays)
-    with jax.enable_x64(True) if is_wide else contextlib.nullcontext():
-        dtype = np.float64 if is_wide else np.result_type(np.float32, *(x.dtype for x in arrays))
-        return np.asarray(consistency_matrix([array.astype(dtype) for array in arrays]))
+def _share_of_rounded_columns(array: Array | np.ndarray) -> float:
+    """Share of constant columns whose mean rounds to another number, which ``r2_score`` calls 0."""
+    array = np.asarray(array)
+    is_constant = (array == array[:1]).all(axis=0)
+    return float(np.mean(is_constant & (np.average(array, axis=0) != array[0])))
 
 
-def _pairwise(
+def _by_pair(
     matrix: np.ndarray, ids: Sequence[Hashable]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores of all ordered pairs of different ids, in the order of their first appearance."""
-    scores: dict[tuple[Hashable, Hashable], list[float]] = {}
+    """Average scores of all pairs of different ids, in order of first appearance; pairs; ids.
+
+    Args:
+        matrix: ``(…, embeddings, embeddings)``.
+        ids: One per embedding.
+    """
+    members: dict[tuple[Hashable, Hashable], list[tuple[int, int]]] = {}
     for i, source in enumerate(ids):
         for j, target in enumerate(ids):
             if source != target:
-                scores.setdefault((source, target), []).append(matrix[i, j])
-    average = np.array([np.mean(values) for values in scores.values()])
-    unique = _id_array(list(dict.fromkeys(ids)))
+                members.setdefault((source, target), []).append((i, j))
+    scores = [np.mean([matrix[..., i, j] for i, j in m], axis=0) for m in members.values()]
     places = {name: place for place, name in enumerate(dict.fromkeys(ids))}
-    pairs = unique[[[places[source], places[target]] for source, target in scores]]
-    return average, pairs, unique
+    unique = _id_array(list(places))
+    pairs = unique[[[places[source], places[target]] for source, target in members]]
+    return np.stack(scores, axis=-1), pairs, unique
 
 
 def _id_array(ids: Sequence[Hashable]) -> np.ndarray:
