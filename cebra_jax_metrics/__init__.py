@@ -32,6 +32,7 @@ from cebra_jax_metrics.metrics import (
     infonce_to_goodness_of_fit,
 )
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, embed
+from cebra_jax_metrics.plotting import plot_consistency
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "Consistency",
     "consistency_score",
     "align_embeddings",
+    "plot_consistency",
     # arrays and pytrees
     "InfoNCE",
     "infonce",

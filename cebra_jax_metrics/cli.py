@@ -19,8 +19,17 @@ from tqdm import tqdm
 from cebra_jax_metrics.checkpoints import load, save
 from cebra_jax_metrics.demo import describe_demo
 from cebra_jax_metrics.infonce import chance_level
-from cebra_jax_metrics.metrics import goodness_of_fit_history, score
+from cebra_jax_metrics.metrics import (
+    NULL_QUANTILES,
+    Consistency,
+    ConsistencyTest,
+    consistency_score,
+    consistency_test,
+    goodness_of_fit_history,
+    score,
+)
 from cebra_jax_metrics.model import Checkpoint, select_encoder
+from cebra_jax_metrics.plotting import plot_consistency
 
 SCHEMA_VERSION = 1
 BATCHES_PER_TICK = 64
@@ -33,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(arguments.run(arguments), flush=True)
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError, ImportError) as error:
         message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
         print(f"cebra-jax-metrics: error: {message}", file=sys.stderr)
         return 2
@@ -51,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="cebra-jax-metrics",
-        description="Score CEBRA models: InfoNCE and goodness of fit, with standard errors.",
+        description="Score CEBRA models: InfoNCE, goodness of fit, consistency; with error bars.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -83,6 +92,36 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_score)
+
+    command = commands.add_parser("consistency", help="R² between embeddings, with a null")
+    command.add_argument(
+        "embeddings", nargs="+", metavar="EMB.npy", help="files of numpy.save: (time, features)"
+    )
+    command.add_argument(
+        "--between",
+        choices=("runs", "datasets"),
+        required=True,
+        help="runs: rows are the same time steps; datasets: rows are aligned on labels",
+    )
+    command.add_argument(
+        "--labels", nargs="+", metavar="LABELS.npy", help="datasets: labels (time,) of each"
+    )
+    command.add_argument(
+        "--ids", nargs="+", metavar="ID", help="datasets: what each belongs to; default: its file"
+    )
+    command.add_argument(
+        "--bins", type=int, default=100, metavar="N", help="edges for float labels; default: 100"
+    )
+    command.add_argument(
+        "--cv", type=int, metavar="K", help="R² of held-out rows, in K contiguous folds"
+    )
+    command.add_argument(
+        "--test", action="store_true", help="p-values from shifts in time (in-sample R²)"
+    )
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--plot", metavar="OUT.png", help="draw the scores as a heat map")
+    command.set_defaults(run=_consistency)
 
     command = commands.add_parser("info", help="what a checkpoint holds")
     command.add_argument("model", metavar="MODEL", help="file of cebra.CEBRA.save, or our own")
@@ -147,6 +186,92 @@ def _score(arguments: argparse.Namespace) -> str:
         "(align {align_nats:.4f}, uniform {uniform_nats:.4f}, chance {chance_nats:.4f})\n"
         "from             {num_batches} batches of {num_negatives} on {num_steps} time steps"
     ).format(**result)
+
+
+def _consistency(arguments: argparse.Namespace) -> str:
+    embeddings = [_read_npy(path) for path in arguments.embeddings]
+    labels = arguments.labels and [_read_npy(path) for path in arguments.labels]
+    is_runs = arguments.between == "runs"
+    names = _file_names(arguments.embeddings)
+    ids = arguments.ids if is_runs else arguments.ids or names
+    question = (embeddings, arguments.between, labels, ids, arguments.bins)
+    result = consistency_score(*question, cv=arguments.cv)
+    test = consistency_test(jax.random.key(arguments.seed), *question) if arguments.test else None
+    if is_runs:
+        result = Consistency(result.scores, np.array(names)[result.pairs], np.array(names))
+    if arguments.plot:
+        _draw(result, arguments)
+    if arguments.json:
+        return json.dumps(_consistency_record(result, test, arguments))
+    return _consistency_table(result, test, arguments.cv)
+
+
+def _consistency_record(
+    result: Consistency, test: ConsistencyTest | None, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "between": arguments.between,
+        "cv": arguments.cv,
+        "ids": result.ids.tolist(),
+        "pairs": result.pairs.tolist(),
+        "scores": result.scores.tolist(),
+        "mean_score": float(result.scores.mean()),
+    }
+    if test is not None:
+        record["seed"] = arguments.seed
+        record["null_quantile_levels"] = list(NULL_QUANTILES)
+        record["test"] = {
+            name: {field: value.tolist() for field, value in part._asdict().items()}
+            for name, part in (("pairwise", test.pairwise), ("overall", test.overall))
+        }
+    return record
+
+
+def _consistency_table(result: Consistency, test: ConsistencyTest | None, cv: int | None) -> str:
+    columns = {"R²" if cv is None else f"R² in {cv} folds": [*result.scores, result.scores.mean()]}
+    if test is not None:
+        each, overall = test.pairwise, test.overall
+        if cv is not None:
+            columns["R² in sample"] = [*each.observed, overall.observed]
+        columns["by chance"] = [*each.null_mean, overall.null_mean]
+        columns["p"] = [*each.p_value, overall.p_value]
+    pairs = [*result.pairs.tolist(), ("mean", "")]
+    width = max(len(name) for pair in (("predicting", "predicted"), *pairs) for name in pair)
+    widths = [max(len(name), 7) for name in columns]
+    head = (f"{name:>{w}}" for name, w in zip(columns, widths, strict=True))
+    lines = ["  ".join([f"{'predicting':{width}}", f"{'predicted':{width}}", *head])]
+    for (source, target), *values in zip(pairs, *columns.values(), strict=True):
+        cells = (f"{x:>{w}.4f}" for x, w in zip(values, widths, strict=True))
+        lines.append("  ".join([f"{source:{width}}", f"{target:{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def _draw(result: Consistency, arguments: argparse.Namespace) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib.") from error
+    figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")
+    label = "Consistency score (%)" if arguments.cv is None else "Held-out consistency (%)"
+    plot_consistency(result, ax=figure.subplots(), colorbar_label=label)
+    figure.savefig(arguments.plot)
+
+
+def _file_names(paths: Sequence[str]) -> list[str]:
+    """Names of files without folder and ending, if that tells them apart."""
+    names = [Path(path).stem for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def _read_npy(path: str) -> np.ndarray:
+    with Path(path).open("rb") as file:
+        try:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except Exception as error:  # whatever NumPy stumbles over in a damaged file
+            raise ValueError(
+                f"Cannot read {path!r}: expected an .npy file, as numpy.save writes ({error})."
+            ) from error
 
 
 def _info(arguments: argparse.Namespace) -> str:

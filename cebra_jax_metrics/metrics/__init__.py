@@ -1,6 +1,7 @@
 """The functions of ``cebra.sklearn.metrics``, with their signatures."""
 
 from cebra_jax_metrics.metrics.consistency import (
+    NULL_QUANTILES,
     Consistency,
     ConsistencyTest,
     consistency_score,
@@ -17,6 +18,7 @@ from cebra_jax_metrics.metrics.scores import (
 )
 
 __all__ = [
+    "NULL_QUANTILES",
     "Consistency",
     "ConsistencyTest",
     "as_checkpoint",

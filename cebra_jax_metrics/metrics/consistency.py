@@ -29,6 +29,7 @@ from cebra_jax_metrics.consistency import (
 )
 
 Between = Literal["datasets", "runs"]
+NULL_QUANTILES = (0.05, 0.5, 0.95)
 
 
 class Consistency(NamedTuple):
@@ -141,7 +142,7 @@ def consistency_test(
     null: Literal["shift", "permutation"] = "shift",
     num_samples: int = 1000,
     min_shift: int = 1,
-    quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+    quantiles: Sequence[float] = NULL_QUANTILES,
 ) -> ConsistencyTest:
     """Test whether embeddings are more consistent than chance.
 
