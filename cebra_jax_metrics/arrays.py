@@ -51,10 +51,15 @@ def check_finite(x: Array | np.ndarray, what: str) -> None:
     """Refuse NaN and infinity, in the words that scikit-learn and so CEBRA use."""
     if is_traced(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return
-    with jax.ensure_compile_time_eval():  # known values are looked at even inside jit
-        if bool(jnp.isfinite(x).all()):
-            return
-        has_nan = bool(jnp.isnan(x).any())
+    if isinstance(x, Array):
+        with jax.ensure_compile_time_eval():  # known values are looked at even inside jit
+            is_finite, has_nan = bool(jnp.isfinite(x).all()), bool(jnp.isnan(x).any())
+    else:
+        with np.errstate(over="ignore"):
+            x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)  # as JAX will have it
+        is_finite, has_nan = bool(np.isfinite(x).all()), bool(np.isnan(x).any())
+    if is_finite:
+        return
     found = "NaN" if has_nan else f"infinity or a value too large for {x.dtype}"
     raise ValueError(f"Input contains {found}. Interpolate or drop these time steps of {what}.")
 

@@ -125,7 +125,7 @@ def consistency_score(
             arrays = list(align_embeddings(arrays, values, n_bins=num_discretization_bins))
         for array in arrays:
             check_finite(array, "the embeddings")
-        matrix = np.asarray(consistency_matrix([x.astype(dtype) for x in arrays], cv=cv))
+        matrix = np.asarray(consistency_matrix([x.astype(dtype, copy=False) for x in arrays], cv=cv))
     if cv is None:
         matrix = matrix - np.array([_share_of_rounded_columns(x) for x in arrays], dtype)
     return Consistency(*_by_pair(matrix, ids))
@@ -202,11 +202,11 @@ def consistency_test(
                 "Between runs the null distribution is that of all shifts, null='shift': permuted "
                 "time steps lose their course in time, and any two slow series seem consistent."
             )
-        for array in arrays:
-            check_finite(array, "the embeddings")
-            _check_shift(min_shift, len(array))
+        _check_shift(min_shift, len(arrays[0]))
         with _precision(arrays) as dtype:
-            runs = [jnp.asarray(x.astype(dtype)) for x in arrays]
+            for array in arrays:
+                check_finite(array, "the embeddings")
+            runs = [jnp.asarray(x, dtype) for x in arrays]
             each, overall = shift_test(runs, jnp.asarray(levels, dtype), min_shift=min_shift)
             _, pairs, unique = _by_pair(np.zeros((len(ids), len(ids))), ids)
             return ConsistencyTest(pairs, unique, _as_numpy(each), _as_numpy(overall))
@@ -222,7 +222,7 @@ def consistency_test(
                 _check_shift(min_shift, int(is_valid.sum()))
         samples = relabelled_consistency(
             jax.random.split(key, num_samples),
-            [jnp.asarray(x[keep].astype(dtype)) for x, keep in zip(arrays, valid, strict=True)],
+            [jnp.asarray(x[keep], dtype) for x, keep in zip(arrays, valid, strict=True)],
             [jnp.asarray(x[keep]) for x, keep in zip(bins.places, valid, strict=True)],
             num_bins=bins.number,
             margin=bins.margin,
@@ -303,6 +303,8 @@ def _precision(arrays: Sequence[Array | np.ndarray]) -> Iterator[np.dtype]:
 def _share_of_rounded_columns(array: Array | np.ndarray) -> float:
     """Share of constant columns whose mean rounds to another number, which ``r2_score`` calls 0."""
     array = np.asarray(array)
+    if not (array[0] == array[-1]).any():
+        return 0.0
     is_constant = (array == array[:1]).all(axis=0)
     return float(np.mean(is_constant & (np.average(array, axis=0) != array[0])))
 
@@ -321,7 +323,7 @@ def _by_pair(
         for j, target in enumerate(ids):
             if source != target:
                 members.setdefault((source, target), []).append((i, j))
-    scores = [np.mean([matrix[..., i, j] for i, j in m], axis=0) for m in members.values()]
+    scores = [sum(matrix[..., i, j] for i, j in m) / len(m) for m in members.values()]
     places = {name: place for place, name in enumerate(dict.fromkeys(ids))}
     unique = _id_array(list(places))
     pairs = unique[[[places[source], places[target]] for source, target in members]]
