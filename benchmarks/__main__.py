@@ -4,11 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import infonce
+from benchmarks import consistency, infonce
 from benchmarks.measure import environment
 from benchmarks.report import RESULTS, table, update_readme
 
-BENCHMARKS = {"infonce": infonce.run}
+BENCHMARKS = {"infonce": infonce.run, "consistency": consistency.run}
 
 
 def main() -> None:

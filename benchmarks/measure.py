@@ -4,9 +4,13 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,9 @@ class Comparison:
     peer: str
     ours: list[float]
     theirs: list[float]
+    headline: bool = True  # belongs into README
+    our_memory: float | None = None  # in MB above what imports take
+    their_memory: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -36,13 +43,39 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def compare(
-    case: str, peer: str, ours: Callable[[], object], theirs: Callable[[], object], repeats: int
+    case: str,
+    peer: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    repeats: int,
+    **more: Any,
 ) -> Comparison:
     """Warm both up by one call, then time them in turns."""
     ours()
     theirs()
     times = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
-    return Comparison(case, peer, [a for a, _ in times], [b for _, b in times])
+    return Comparison(case, peer, [a for a, _ in times], [b for _, b in times], **more)
+
+
+def peak_memory(function: str, *arguments: object, also_import: str = "") -> float:
+    """Peak memory of ``module:function`` in a process of its own, in MB above its imports.
+
+    The function takes the arguments as text. What it imports itself is named, not to count.
+    """
+    module, _, name = function.partition(":")
+    script = (
+        f"import sys, {also_import or 'os'}; from {module} import {name}; from benchmarks.measure import high_water\n"
+        f"before = high_water(); {name}(*sys.argv[1:]); print(high_water() - before)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(out.split()[-1])
+
+
+def high_water() -> float:
+    """The most memory that this process has ever held, in MB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1000
 
 
 def environment() -> dict[str, str]:

@@ -11,26 +11,45 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
-def table(result: dict) -> str:
-    """A Markdown table of comparisons, medians with their range."""
-    rows = ["| case | here | peer | peer's time | times faster |", "|---|---|---|---|---|"]
+def table(result: dict, only_headlines: bool = False) -> str:
+    """A Markdown table of comparisons: medians with their range, and peak memory."""
+    rows = [
+        "| case | here | peer | peer's time | times faster | memory here | peer's |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in result["comparisons"]:
-        rows.append(
-            f"| {row['case']} | {spread(row['ours'])} | {row['peer']} | {spread(row['theirs'])} "
-            f"| {_digits(statistics.median(row['theirs']) / statistics.median(row['ours']))} |"
-        )
+        if only_headlines and not row["headline"]:
+            continue
+        cells = [
+            row["case"],
+            spread(row["ours"]),
+            row["peer"],
+            spread(row["theirs"]),
+            _digits(statistics.median(row["theirs"]) / statistics.median(row["ours"])),
+            _megabytes(row["our_memory"]),
+            _megabytes(row["their_memory"]),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
-    return "\n".join(rows) + f"\n\nMedians (and ranges) of alternating runs; {versions}."
+    note = f"Medians (and ranges) of alternating runs; peak memory above imports; {versions}."
+    return "\n".join(rows) + f"\n\n{note}"
+
+
+def _megabytes(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} MB"
 
 
 def _digits(ratio: float) -> str:
-    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def stored_table() -> str:
     """The table of all stored results."""
     files = sorted(RESULTS.glob("*.json"))
-    return "\n\n".join(table(json.loads(file.read_text())) for file in files)
+    return "\n\n".join(
+        f"`{file.stem}`:\n\n{table(json.loads(file.read_text()), only_headlines=True)}"
+        for file in files
+    )
 
 
 def update_readme() -> None:

@@ -40,8 +40,8 @@ def consistency_matrix(
 ) -> Array:
     """R² of the linear regression from every embedding to every other one.
 
-    Pure and jitted. Rows are streamed in blocks, so that memory beyond the embeddings themselves
-    does not grow with their length.
+    Pure and jitted, and differentiable unless cross-validated. Rows are streamed in blocks, so that
+    memory beyond the embeddings themselves does not grow with their length.
 
     Args:
         embeddings: M arrays ``(rows, features)`` of equal length; their widths may differ.
@@ -71,8 +71,7 @@ def consistency_matrix(
     bases, is_ill = _bases(rows, moments)
     total = jnp.einsum("jqjq->jq", moments)
     if cv is None:
-        cross = jnp.einsum("ipk,ipjq->ikjq", bases, moments, precision=HIGHEST)
-        explained = jnp.sum(cross**2, axis=1)
+        explained = _explained(moments, lax.stop_gradient(bases))
     else:
         # Where there are fewer rows than columns, the fit depends on the coordinates: they are
         # only changed where digits would be lost.
@@ -343,6 +342,29 @@ def _bases(rows: _Rows, moments: Array) -> tuple[Array, Array]:
         return jnp.einsum("ipk,ikl->ipl", bases, correction, precision=HIGHEST)
 
     return lax.cond(is_ill, again, lambda: bases), is_ill
+
+
+@jax.custom_jvp
+def _explained(moments: Array, bases: Array) -> Array:
+    """Sum of squares that each embedding explains of every column ``(source, target, column)``."""
+    cross = jnp.einsum("ipk,ipjq->ikjq", bases, moments, precision=HIGHEST)
+    return jnp.sum(cross**2, axis=1)
+
+
+@_explained.defjvp
+def _explained_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple:
+    """By the envelope theorem: at the least-squares fit its coefficients count as constants.
+
+    The derivative of an orthonormal basis does not exist where singular values coincide; that of
+    the explained sum of squares does.
+    """
+    moments, bases = primals
+    change, _ = tangents
+    fit = jnp.einsum("ipk,irk,irjq->ipjq", bases, bases, moments, precision=HIGHEST)
+    own = jnp.einsum("ipir->ipr", change)
+    linear = 2 * jnp.einsum("ipjq,ipjq->ijq", fit, change, precision=HIGHEST)
+    quadratic = jnp.einsum("ipjq,ipr,irjq->ijq", fit, own, fit, precision=HIGHEST)
+    return _explained(moments, bases), linear - quadratic
 
 
 def _share(explained: Array, total: Array) -> Array:

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from cebra_jax_metrics.cli import main
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -22,3 +24,17 @@ def recording():
     """The small recording that the golden models were fitted to."""
     with np.load(GOLDEN / "recording.npz") as data:
         return dict(data)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command in this process: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run

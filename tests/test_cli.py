@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 import cebra_jax_metrics as cjm
 from cebra_jax_metrics import cli
-from cebra_jax_metrics.cli import main
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDING = GOLDEN / "recording.npz"
@@ -40,20 +39,6 @@ KEYS = {
     "session",
     "seed",
 }
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command in this process: exit code, standard output, standard error."""
-
-    def run(*arguments):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

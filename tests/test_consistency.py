@@ -1,4 +1,4 @@
-"""Consistency and alignment against scikit-learn, and their invariants."""
+"""Consistency and alignment against CEBRA's and scikit-learn's, and their invariants."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -6,11 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
+from sklearn.model_selection import KFold, cross_val_predict
 
 from cebra_jax_metrics import align_embeddings, consistency_matrix, consistency_score
 
+from .conftest import GOLDEN
+
 RNG = np.random.default_rng(0)
+CASE_FILES = sorted(path.stem for path in (GOLDEN / "consistency").glob("*.npz"))
 
 
 def noise(*widths, rows=200, seed=0):
@@ -52,10 +58,123 @@ CASES = {
 }
 
 
+def golden(name):
+    """What to ask, and what CEBRA answered."""
+    with np.load(GOLDEN / "consistency" / f"{name}.npz") as data:
+        answer = dict(data)
+    embeddings, labels = (
+        [answer[key] for key in sorted(answer) if key.startswith(kind)]
+        for kind in ("embedding", "label")
+    )
+    if not labels:
+        return embeddings, ("runs",), answer
+    return embeddings, ("datasets", labels, answer["ids"], int(answer["num_bins"])), answer
+
+
+KINDS = {
+    "float64": (lambda x: x, "float64", 1e-9),
+    "list": (lambda x: x.tolist(), "float64", 1e-9),
+    "float32": (lambda x: x.astype(np.float32), "float32", 1e-4),
+    "jax": (lambda x: jnp.asarray(x, jnp.float32), "float32", 1e-4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CASE_FILES)
+def test_equals_cebra(name, kind):
+    convert, dtype, bound = KINDS[kind]
+    embeddings, question, answer = golden(name)
+    scores, pairs, ids = consistency_score([convert(x) for x in embeddings], *question)
+    np.testing.assert_allclose(scores, answer[f"scores_{dtype}"], rtol=0, atol=bound)
+    np.testing.assert_array_equal(pairs, answer["pairs"])
+    np.testing.assert_array_equal(ids, answer["found_ids"])
+
+
+def test_there_are_cases_of_all_kinds():
+    assert len(CASE_FILES) == 16
+    _, _, rounding = golden("constant_column_that_rounds")
+    _, _, exact = golden("constant_column")
+    lost = exact["scores_float64"] - rounding["scores_float64"]
+    np.testing.assert_allclose(lost, [0.25, 0, 0.25, 0, 0.25, 0.25], atol=1e-12)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_equals_scikit_learn(name):
     bound = 1e-6 if name.startswith("condition") else 1e-9
     np.testing.assert_allclose(matrix(CASES[name]), fitted(CASES[name]), rtol=0, atol=bound)
+
+
+def held_out(embeddings, cv):
+    """The matrix of held-out scores by scikit-learn."""
+
+    def score(x, y):
+        return r2_score(y, cross_val_predict(LinearRegression(), x, y, cv=KFold(cv)))
+
+    return np.array([[score(x, y) for y in embeddings] for x in embeddings])
+
+
+@pytest.mark.parametrize("cv", [2, 5, 20])
+@pytest.mark.parametrize("name", [name for name in CASES if len(CASES[name][0]) >= 20])
+def test_held_out_equals_scikit_learn(name, cv):
+    expected = held_out(CASES[name], cv)
+    found = matrix(CASES[name], cv=cv, block_size=64)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_noise_is_not_consistent_where_it_is_held_out():
+    embeddings, question, _ = golden("independent_noise")
+    assert 0.6 < consistency_score(embeddings, *question).scores.mean() < 0.7
+    assert consistency_score(embeddings, *question, cv=5).scores.max() < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_bins(kind):
+    convert, _, bound = KINDS[kind]
+    embeddings, question, _ = golden("different_datasets")
+    aligned = align_embeddings(embeddings, question[1], n_bins=question[3])
+    expected = held_out(aligned, 3)[~np.eye(3, dtype=bool)]
+    result = consistency_score([convert(x) for x in embeddings], *question, cv=3)
+    np.testing.assert_allclose(result.scores, expected, rtol=10 * bound, atol=bound)
+
+
+def test_gradients():
+    """Also where singular values coincide: at padding and at duplicated columns."""
+    weights = jnp.asarray(RNG.normal(size=(3, 3)))
+
+    def score(embeddings):
+        return jnp.sum(weights * consistency_matrix(embeddings, block_size=16))
+
+    with jax.enable_x64(True):
+        embeddings = [jnp.asarray(x) for x in noise(3, 5, 1, rows=40)]
+        check_grads(score, (embeddings,), order=1, modes=["fwd", "rev"], atol=1e-6, rtol=1e-6)
+        embeddings[0] = embeddings[0][:, jnp.asarray([0, 1, 1])]
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.grad(score)(embeddings))
+
+
+def test_batches_of_pairs():
+    first, second = (jnp.asarray(x, jnp.float32) for x in noise(3, 4))
+    stacked = jnp.stack([first, first**2]), jnp.stack([second, second + first[:, :1]])
+    found = jax.vmap(lambda x, y: consistency_matrix([x, y]))(*stacked)
+    expected = [consistency_matrix([x, y]) for x, y in zip(*stacked, strict=True)]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_one_trace_per_shape():
+    consistency_matrix.clear_cache()
+    for seed in range(3):
+        matrix(noise(3, 5, rows=70, seed=seed))
+    assert consistency_matrix._cache_size() == 1
+
+
+def test_as_a_square():
+    result = consistency_score(noise(2, 3, 2), "datasets", LABELS, ["b", "a", "b"], 20)
+    assert np.isnan(np.diag(result.matrix)).all()
+    by_pair = dict(zip(map(tuple, result.pairs), result.scores, strict=True))
+    assert result.ids.tolist() == ["b", "a"]
+    assert result.matrix[0, 1] == by_pair["b", "a"]
+    assert result.matrix[1, 0] == by_pair["a", "b"]
+    result = consistency_score(noise(2, 3), "datasets", LABELS[:2], [("x", 1), ("y", 2)], 20)
+    assert result.matrix[1, 0] == result.scores[1]
 
 
 def test_in_float32():
@@ -220,6 +339,9 @@ BAD = {
         ValueError,
         r"close enough to bin index 23 \(labels 0.222222 to 0.232323\) in embedding 0",
     ),
+    "folds": (lambda: consistency_score(noise(2, 2), "runs", cv=201), ValueError, "cv=201.*200"),
+    "one_fold": (lambda: consistency_score(noise(2, 2), "runs", cv=1), ValueError, "at least 2"),
+    "fold_kind": (lambda: consistency_score(noise(2, 2), "runs", cv=2.0), TypeError, "cv has to"),
     "shapes": (
         lambda: consistency_matrix([np.zeros((3, 1)), np.zeros((4, 1))]),
         ValueError,

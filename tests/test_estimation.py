@@ -22,7 +22,9 @@ from cebra_jax_metrics import (
     evaluate,
     goodness_of_fit,
     infonce,
+    shifted_consistency,
 )
+from cebra_jax_metrics.consistency import relabelled_consistency, shift_test
 from cebra_jax_metrics.neighbors import nearest_under_jit
 from cebra_jax_metrics.samplers import Batch, DeltaNormal, Time, TimeDelta
 
@@ -229,11 +231,21 @@ def test_lowers_for_every_platform():
     windows = estimation._windows(encoder, X)
     groups = jnp.zeros(120, jnp.int32)
     blocked = partial(infonce, similarity="euclidean", block_size=32)
+
+    def relabelled(key, x, places):
+        keys = jax.random.split(jax.random.wrap_key_data(key), 4)
+        sizes = {"num_bins": 5, "margin": 1, "reach": 2}
+        return relabelled_consistency(keys, [x, x], [places, places], **sizes)
+
     jitted = (
         (estimation._windows, (encoder, X)),
         (estimation._losses, (criterion, encoder, windows, batch)),
         (jax.jit(partial(Encoder.encode, pad=True)), (encoder, X)),
         (jax.jit(consistency_matrix), ([X, X[:, :3]],)),
+        (jax.jit(partial(consistency_matrix, cv=3)), ([X, X[:, :3]],)),
+        (shifted_consistency, (X, X[:, :3])),
+        (shift_test, ([X, X[:, :3]], jnp.asarray([0.5]))),
+        (jax.jit(relabelled), (jax.random.key_data(KEY), X, groups)),
         (nearest_under_jit, (SAMPLER.labels, SAMPLER.labels, 120)),
         (nearest_under_jit, (SAMPLER.labels[:, :1], SAMPLER.labels[:, :1], 120)),
         (jax.jit(infonce), (X, X, X)),
@@ -253,6 +265,8 @@ def test_matrix_products_ask_for_the_highest_precision():
         jax.jit(partial(infonce, similarity="euclidean")).lower(X, X, X),
         encode.lower(MODEL.encoders[0], X),
         consistency_matrix.lower([X, X]),
+        consistency_matrix.lower([X, X], cv=3),
+        shifted_consistency.lower(X, X),
     ):
         text = lowered.as_text()
         assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0

@@ -125,7 +125,9 @@ def consistency_score(
             arrays = list(align_embeddings(arrays, values, n_bins=num_discretization_bins))
         for array in arrays:
             check_finite(array, "the embeddings")
-        matrix = np.asarray(consistency_matrix([x.astype(dtype, copy=False) for x in arrays], cv=cv))
+        matrix = np.asarray(
+            consistency_matrix([x.astype(dtype, copy=False) for x in arrays], cv=cv)
+        )
     if cv is None:
         matrix = matrix - np.array([_share_of_rounded_columns(x) for x in arrays], dtype)
     return Consistency(*_by_pair(matrix, ids))
