@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks.measure import Comparison, compare, peak_memory, seconds
 from cebra_jax_metrics import consistency_score
@@ -71,7 +72,16 @@ def run(quick: bool) -> list[Comparison]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         chosen = [(2, 1_000, 3)] if quick else [*sizes, LARGE]
-        return [comparison for size in chosen for comparison in _compared(size)]
+        comparisons = []
+        for size in tqdm(chosen, disable=None):
+            comparisons += _compared(size)
+        return comparisons
+
+
+def _repeats(columns: int, length: int) -> int:
+    """Fewer for larger products."""
+    operations = columns**2 * length
+    return 7 if operations < 1e10 else 3 if operations < 5e11 else 1
 
 
 def _compared(size: tuple[int, int, int]) -> Iterator[Comparison]:
@@ -101,7 +111,7 @@ def _compared(size: tuple[int, int, int]) -> Iterator[Comparison]:
         "bare matrix product",
         lambda: ours(data),
         limit,
-        7 if expected < LONGEST else 3,
+        _repeats(number * width, length),
         headline=is_headline,
         our_memory=memory,
     )

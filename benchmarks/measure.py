@@ -64,7 +64,8 @@ def peak_memory(function: str, *arguments: object, also_import: str = "") -> flo
     """
     module, _, name = function.partition(":")
     script = (
-        f"import sys, {also_import or 'os'}; from {module} import {name}; from benchmarks.measure import high_water\n"
+        f"import sys, {also_import or 'os'}; from {module} import {name}\n"
+        f"from benchmarks.measure import high_water\n"
         f"before = high_water(); {name}(*sys.argv[1:]); print(high_water() - before)"
     )
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
