@@ -30,6 +30,7 @@ from cebra_jax_metrics.metrics import (
     goodness_of_fit_score,
     infonce_loss,
     infonce_to_goodness_of_fit,
+    multisession_infonce_loss,
 )
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, embed
 from cebra_jax_metrics.plotting import plot_consistency
@@ -42,6 +43,7 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "goodness_of_fit_score",
     "goodness_of_fit_history",
     "infonce_to_goodness_of_fit",
+    "multisession_infonce_loss",
     "Consistency",
     "consistency_score",
     "align_embeddings",

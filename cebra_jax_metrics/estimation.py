@@ -1,9 +1,10 @@
 """InfoNCE of a model on a recording: the mean over batches, with its standard error."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import as_integer, as_key
 from cebra_jax_metrics.encoders import Encoder
-from cebra_jax_metrics.infonce import InfoNCE, goodness_of_fit
+from cebra_jax_metrics.infonce import InfoNCE, chance_level
 from cebra_jax_metrics.model import (
     Checkpoint,
     Criterion,
@@ -21,16 +22,32 @@ from cebra_jax_metrics.model import (
     as_recording,
     select_encoder,
 )
-from cebra_jax_metrics.samplers import Batch, Proposal, Sampler
+from cebra_jax_metrics.samplers import (
+    Batch,
+    DiscreteMultisession,
+    FullBatch,
+    Hybrid,
+    HybridBatch,
+    Multisession,
+    MultisessionBatch,
+    Proposal,
+    Sampler,
+)
 
 # How many positives to look for at a time: bounds memory, and paces the progress bar.
 MAX_QUERIES_AT_ONCE = 2**18
+# Pairs of references and negatives in memory at a time.
+MAX_SIMILARITIES_AT_ONCE = 2**26
+# The features that the behaviour objective of CEBRA's hybrid models is trained on.
+BEHAVIOR_FEATURES = 3
+
+FeatureRange = slice | Sequence[slice] | None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A Monte-Carlo estimate of an InfoNCE loss, in nats.
+    """A Monte-Carlo estimate of an InfoNCE loss, in nats. ``float(estimate)`` is the loss.
 
     Attributes:
         loss: Mean over the batches.
@@ -39,6 +56,9 @@ class Estimate:
         align: Mean of the align part.
         uniform: Mean of the uniform part.
         num_negatives: Negatives in each batch, which set the level of chance.
+        parts: Where the loss is made of several, an estimate of each by its name: the objectives
+            that it is the sum of, or the sessions that it is the mean of.
+        num_objectives: How many objectives the loss is the sum of.
     """
 
     loss: Array
@@ -47,16 +67,26 @@ class Estimate:
     align: Array
     uniform: Array
     num_negatives: int | Array
+    parts: dict[str, "Estimate"] = field(default_factory=dict)
+    num_objectives: int = field(default=1, metadata={"static": True})
+
+    @property
+    def chance(self) -> Array:
+        """The loss of an embedding that carries nothing, in nats."""
+        return self.num_objectives * chance_level(self.num_negatives).astype(self.loss.dtype)
 
     @property
     def bits(self) -> Array:
         """Goodness of fit in bits: 0 is chance, below 0 is worse than chance."""
-        return goodness_of_fit(self.loss, self.num_negatives)
+        return (self.chance - self.loss) / math.log(2)
 
     @property
     def bits_stderr(self) -> Array:
         """Standard error of the goodness of fit, in bits."""
         return self.stderr / math.log(2)
+
+    def __float__(self) -> float:
+        return float(self.loss)
 
     def __repr__(self) -> str:
         if any(isinstance(x, Array) and x.size == 1 for x in (self.loss, self.stderr)):
@@ -72,29 +102,41 @@ class Estimate:
 
 
 def draw(
-    key: Array, sampler: Sampler, batch_size: int, num_batches: int, *, start: int = 0
-) -> Batch:
+    key: Array, sampler: Sampler, batch_size: int | None, num_batches: int, *, start: int = 0
+) -> Any:
     """Draw batches of indices; batch i depends on ``fold_in(key, i)`` and nothing else.
 
     Args:
         key: A JAX PRNG key.
         sampler: One of ``cebra_jax_metrics.samplers``.
         batch_size: References, positives and negatives per batch; may exceed the recording's
-            length, since draws are with replacement.
+            length, since draws are with replacement. ``None`` with ``samplers.FullBatch`` only.
         num_batches: How many batches.
         start: Number of the first one, to draw many in several calls.
 
     Returns:
-        int32 indices, ``(num_batches, batch_size)`` each.
+        int32 indices, ``(num_batches, batch_size)`` each: a ``samplers.Batch``, or the batch that
+        the sampler says.
 
     Raises:
         ValueError: A size is below 1.
         TypeError: The key is no JAX key, or a size no integer.
     """
-    batch_size = as_integer("batch_size", batch_size, at_least=1)
+    batch_size = _batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
     proposal = _propose(as_key(key), sampler, start, batch_size=batch_size, num_batches=num_batches)
-    return Batch(proposal.reference, sampler.resolve(proposal.query), proposal.negative)
+    return sampler.complete(proposal)
+
+
+def _batch_size(sampler: Sampler, batch_size: int | None) -> int:
+    if not isinstance(sampler, FullBatch):
+        return as_integer("batch_size", batch_size, at_least=1)
+    if batch_size not in (None, sampler.batch_size):
+        raise ValueError(
+            f"A full batch has {sampler.batch_size} references here: batch_size has to be None, "
+            f"got {batch_size!r}."
+        )
+    return sampler.batch_size
 
 
 @partial(jax.jit, static_argnames=("batch_size", "num_batches"))
@@ -106,7 +148,13 @@ def _propose(
 
 
 def evaluate(
-    model: Model | Checkpoint, X: object, batch: Batch, *, session_id: int | None = None
+    model: Model | Checkpoint,
+    X: Any,
+    batch: Any,
+    *,
+    session_id: int | None = None,
+    feature_range: FeatureRange = None,
+    renormalize: bool = False,
 ) -> InfoNCE:
     """InfoNCE of every batch; differentiable in the model and the recording.
 
@@ -115,23 +163,103 @@ def evaluate(
 
     Args:
         model: A model or a checkpoint.
-        X: The recording ``(time, neurons)``.
+        X: The recording ``(time, neurons)``, or a list of them with a ``MultisessionBatch``.
         batch: Indices ``(num_batches, batch)`` each, as ``draw`` returns them.
         session_id: Which encoder of a multi-session model to use.
+        feature_range: Score these features of the embedding only: a slice, or several whose losses
+            are added. With a ``HybridBatch`` two, for behaviour and for time; the first 3 features
+            and all of them by default.
+        renormalize: Divide the embeddings in a feature range by their norm.
 
     Returns:
-        Loss, align and uniform in nats, ``(num_batches,)`` each.
+        Loss, align and uniform in nats, ``(num_batches,)`` each: those of several objectives are
+        added, those of several sessions averaged.
 
     Raises:
-        ValueError: The recording does not fit the model.
+        ValueError: The recording does not fit the model, or the range not the embedding.
         RuntimeError: Missing or wrong ``session_id``.
     """
-    encoder = select_encoder(model, session_id)
-    X = as_recording(X, encoder, session_id)
-    return _losses(as_model(model).criterion, encoder, _windows(encoder, X), batch)
+    encoders, windows = _embedded(model, X, session_id, isinstance(batch, MultisessionBatch))
+    spaces = _subspaces(windows, feature_range, renormalize, isinstance(batch, HybridBatch))
+    parts = _parts(as_model(model).criterion, encoders, spaces, batch)
+    combine = jnp.mean if isinstance(batch, MultisessionBatch) else jnp.sum
+    return jax.tree.map(lambda *x: combine(jnp.stack(x), axis=0), *parts.values())
+
+
+def _embedded(
+    model: Model | Checkpoint, X: Any, session_id: int | None, is_joint: bool
+) -> tuple[tuple[Encoder, ...], tuple[Array, ...]]:
+    """The encoders that are needed, and all windows of their recordings."""
+    if not is_joint:
+        encoder = select_encoder(model, session_id)
+        return (encoder,), (_windows(encoder, as_recording(X, encoder, session_id)),)
+    encoders = as_model(model).encoders
+    if session_id is not None or not isinstance(X, list | tuple) or len(X) != len(encoders):
+        raise ValueError(
+            f"The joint loss of a model of {len(encoders)} sessions takes a list of as many "
+            "recordings, and no session_id."
+        )
+    recordings = [as_recording(x, e, i) for i, (x, e) in enumerate(zip(X, encoders, strict=True))]
+    return encoders, tuple(map(_windows, encoders, recordings))
 
 
 _windows = jax.jit(Encoder.encode_windows)
+
+
+def _subspaces(
+    windows: tuple[Array, ...], feature_range: FeatureRange, renormalize: bool, is_hybrid: bool
+) -> dict[str, tuple[Array, ...]]:
+    """The embeddings that each objective scores, by its name."""
+    if feature_range is None:
+        if not is_hybrid:
+            return {"": windows}
+        feature_range = [slice(0, BEHAVIOR_FEATURES), slice(None)]
+    ranges = [feature_range] if isinstance(feature_range, slice) else list(feature_range)
+    if is_hybrid and len(ranges) != 2:
+        raise ValueError(f"Hybrid models have two feature ranges, got {len(ranges)}.")
+    names = [f"{r.start or 0}:{'' if r.stop is None else r.stop}" for r in ranges]
+    if is_hybrid:
+        names = ["behavior", "time"]
+    if len(names) == 1:
+        names = [""]
+    return {
+        name: tuple(_features(w, features, renormalize) for w in windows)
+        for name, features in zip(names, ranges, strict=True)
+    }
+
+
+def _features(windows: Array, features: slice, renormalize: bool) -> Array:
+    width = windows.shape[1]
+    start, stop, step = features.indices(width)
+    is_inside = (features.stop is None or features.stop <= width) and step == 1
+    if not is_inside or start >= stop:
+        raise ValueError(
+            f"feature_range has to be a slice of the {width} features, such as slice(0, {width}), "
+            f"got {features}."
+        )
+    windows = windows[:, start:stop]
+    return windows / jnp.linalg.norm(windows, axis=1, keepdims=True) if renormalize else windows
+
+
+def _parts(
+    criterion: Criterion,
+    encoders: tuple[Encoder, ...],
+    spaces: dict[str, tuple[Array, ...]],
+    batch: Any,
+) -> dict[str, InfoNCE]:
+    """InfoNCE of every batch, for each objective or each session."""
+    if isinstance(batch, MultisessionBatch):
+        (windows,) = spaces.values()
+        losses = _joint_losses(criterion, encoders, windows, batch)
+        return {
+            str(session): InfoNCE(*(x[:, session] for x in losses))
+            for session in range(len(encoders))
+        }
+    batches = batch.objectives if isinstance(batch, HybridBatch) else dict.fromkeys(spaces, batch)
+    return {
+        name: _losses(criterion, encoders[0], windows[0], batches[name])
+        for name, windows in spaces.items()
+    }
 
 
 @jax.jit
@@ -143,20 +271,83 @@ def _losses(criterion: Criterion, encoder: Encoder, windows: Array, batch: Batch
         reference, positive, negative = (
             windows[encoder.window_of(steps, num_steps)] for steps in batch
         )
-        return criterion(reference, positive, negative)
+        block_size = _block_size(len(reference), len(negative))
+        return criterion(reference, positive, negative, block_size=block_size)
 
     return jax.lax.map(one, Batch(*batch))
+
+
+@jax.jit
+def _joint_losses(
+    criterion: Criterion,
+    encoders: tuple[Encoder, ...],
+    windows: tuple[Array, ...],
+    batch: MultisessionBatch,
+) -> InfoNCE:
+    """InfoNCE of the references of each session against the negatives of all.
+
+    Returns:
+        ``(num_batches, sessions)`` each.
+    """
+
+    def embed(steps: Array) -> Array:
+        """``(sessions, batch)`` indices to ``(sessions, batch, features)``."""
+        rows = [
+            w[encoder.window_of(s, len(w) + encoder.receptive_field - 1)]
+            for encoder, w, s in zip(encoders, windows, steps, strict=True)
+        ]
+        return jnp.stack(rows)
+
+    @jax.checkpoint
+    def one(batch: MultisessionBatch) -> InfoNCE:
+        reference, positive, negative = map(embed, batch[:3])
+        pooled = positive.reshape(-1, positive.shape[-1])
+        positive = pooled[batch.order].reshape(positive.shape)
+        negative = negative.reshape(-1, negative.shape[-1])
+        block_size = _block_size(reference.shape[1], len(negative))
+        each = [
+            criterion(ref, pos, negative, block_size=block_size)
+            for ref, pos in zip(reference, positive, strict=True)
+        ]
+        return InfoNCE(*(jnp.stack(x) for x in zip(*each, strict=True)))
+
+    return jax.lax.map(one, MultisessionBatch(*batch))
+
+
+@jax.jit
+def _full_losses(criterion: Criterion, encoder: Encoder, windows: Array, batch: Batch) -> InfoNCE:
+    """InfoNCE of full batches: only their positives differ, the uniform part is computed once."""
+    num_steps = len(windows) + encoder.receptive_field - 1
+    reference = windows[encoder.window_of(batch.reference[0], num_steps)]
+    block_size = _block_size(len(reference), len(reference))
+    uniform = criterion(reference, reference, reference, block_size=block_size).uniform
+
+    def align(steps: Array) -> Array:
+        positive = windows[encoder.window_of(steps, num_steps)]
+        return criterion(reference, positive, reference[:1]).align
+
+    each = jax.lax.map(align, batch.positive)
+    return InfoNCE(each + uniform, each, jnp.broadcast_to(uniform, each.shape))
+
+
+def _block_size(num_references: int, num_negatives: int) -> int | None:
+    """References at a time, so that memory stays bounded; ``None`` for all at once."""
+    if num_references * num_negatives <= MAX_SIMILARITIES_AT_ONCE:
+        return None
+    return max(1, MAX_SIMILARITIES_AT_ONCE // num_negatives)
 
 
 def estimate_infonce(
     key: Array,
     model: Model | Checkpoint,
-    X: object,
+    X: Any,
     sampler: Sampler,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     num_batches: int = 500,
     session_id: int | None = None,
+    feature_range: FeatureRange = None,
+    renormalize: bool = False,
     chunk_size: int | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Estimate:
@@ -169,16 +360,20 @@ def estimate_infonce(
     Args:
         key: A JAX PRNG key; the same key gives the same draws.
         model: A model or a checkpoint.
-        X: The recording ``(time, neurons)``.
+        X: The recording ``(time, neurons)``; a list of one per session with a sampler of several.
         sampler: One of ``cebra_jax_metrics.samplers``.
-        batch_size: References, positives and negatives per batch.
+        batch_size: References, positives and negatives per batch (and session); needed unless the
+            sampler is ``samplers.FullBatch``.
         num_batches: Batches to average.
         session_id: Which encoder of a multi-session model to use.
+        feature_range: Features of the embedding to score, see :func:`evaluate`.
+        renormalize: Divide the embeddings in a feature range by their norm.
         chunk_size: Batches drawn at a time: bounds memory, changes no draw.
         progress: Wraps the loop over chunks, such as ``tqdm.tqdm``.
 
     Returns:
-        The mean loss with its standard error, and the goodness of fit as ``.bits``.
+        The mean loss with its standard error, and the goodness of fit as ``.bits``; for a hybrid
+        sampler, several feature ranges or several sessions also those of each, as ``.parts``.
 
     Raises:
         ValueError: The recording does not fit the model, or a size is below 1.
@@ -188,36 +383,68 @@ def estimate_infonce(
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.infonce_loss``.
     """
     key = as_key(key)
-    batch_size = as_integer("batch_size", batch_size, at_least=1)
+    batch_size = _batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
     chunk_size = _even_chunks(num_batches, batch_size, chunk_size)
-    encoder = select_encoder(model, session_id)
-    windows = _windows(encoder, as_recording(X, encoder, session_id))
-    parts = []
+    is_joint = isinstance(sampler, Multisession | DiscreteMultisession)
+    encoders, windows = _embedded(model, X, session_id, is_joint)
+    spaces = _subspaces(windows, feature_range, renormalize, isinstance(sampler, Hybrid))
+    criterion = as_model(model).criterion
+    chunks: list[dict[str, InfoNCE]] = []
     for start in progress(range(0, num_batches, chunk_size)):
         # Chunks are all of one size, so that one compilation serves them: the last overshoots.
         batch = draw(key, sampler, batch_size, chunk_size, start=start)
-        parts.append(_losses(as_model(model).criterion, encoder, windows, batch))
-    num_negatives = batch.negative.shape[-1]
-    return _summarise(tuple(parts), num_batches=num_batches, num_negatives=num_negatives)
+        if isinstance(sampler, FullBatch):
+            chunks.append(
+                {
+                    name: _full_losses(criterion, encoders[0], space[0], batch)
+                    for name, space in spaces.items()
+                }
+            )
+        else:
+            chunks.append(_parts(criterion, encoders, spaces, batch))
+    num_negatives = math.prod(batch.negative.shape[1:])
+    parts = {
+        name: _summarise(tuple(chunk[name] for chunk in chunks), num_batches=num_batches)
+        for name in chunks[0]
+    }
+    return _combined(parts, num_negatives, is_joint)
 
 
 def _even_chunks(num_batches: int, batch_size: int, chunk_size: int | None) -> int:
     if chunk_size is not None:
         return min(as_integer("chunk_size", chunk_size, at_least=1), num_batches)
-    num_chunks = math.ceil(num_batches * batch_size / MAX_QUERIES_AT_ONCE)
+    num_chunks = min(num_batches, math.ceil(num_batches * batch_size / MAX_QUERIES_AT_ONCE))
     return math.ceil(num_batches / num_chunks)
 
 
-@partial(jax.jit, static_argnames=("num_batches", "num_negatives"))
-def _summarise(parts: tuple[InfoNCE, ...], *, num_batches: int, num_negatives: int) -> Estimate:
-    loss, align, uniform = (jnp.concatenate(x)[:num_batches] for x in zip(*parts, strict=True))
-    spread = jnp.std(loss, ddof=1) if num_batches > 1 else jnp.full((), jnp.nan, loss.dtype)
+@partial(jax.jit, static_argnames="num_batches")
+def _summarise(chunks: tuple[InfoNCE, ...], *, num_batches: int) -> InfoNCE:
+    """Loss and parts of every batch, the overshoot left out."""
+    return InfoNCE(*(jnp.concatenate(x)[:num_batches] for x in zip(*chunks, strict=True)))
+
+
+@partial(jax.jit, static_argnames=("num_negatives", "is_joint"))
+def _combined(parts: dict[str, InfoNCE], num_negatives: int, is_joint: bool) -> Estimate:
+    """The estimate of a sum of objectives, or of the mean over sessions, and of each."""
+    each = {name: _estimate(part, num_negatives) for name, part in parts.items()}
+    if len(each) == 1 and not is_joint:
+        return each.popitem()[1]
+    combine = jnp.mean if is_joint else jnp.sum
+    total = jax.tree.map(lambda *x: combine(jnp.stack(x), axis=0), *parts.values())
+    estimate = _estimate(total, num_negatives)
+    return replace(estimate, parts=each, num_objectives=1 if is_joint else len(each))
+
+
+def _estimate(losses: InfoNCE, num_negatives: int) -> Estimate:
+    count = len(losses.loss)
+    nothing = jnp.full((), jnp.nan, losses.loss.dtype)
+    spread = jnp.std(losses.loss, ddof=1) if count > 1 else nothing
     return Estimate(
-        loss=jnp.mean(loss),
-        stderr=spread / math.sqrt(num_batches),
-        per_batch=loss,
-        align=jnp.mean(align),
-        uniform=jnp.mean(uniform),
+        loss=jnp.mean(losses.loss),
+        stderr=spread / math.sqrt(count),
+        per_batch=losses.loss,
+        align=jnp.mean(losses.align),
+        uniform=jnp.mean(losses.uniform),
         num_negatives=num_negatives,
     )

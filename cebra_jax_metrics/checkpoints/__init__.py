@@ -6,6 +6,7 @@ from pathlib import Path
 from cebra_jax_metrics.checkpoints.cebra import (
     from_cebra,
     from_state_dict,
+    import_once,
     read_cebra_file,
     to_state_dict,
 )
@@ -13,7 +14,15 @@ from cebra_jax_metrics.checkpoints.store import read_own_file, save
 from cebra_jax_metrics.checkpoints.torch_zip import CheckpointError
 from cebra_jax_metrics.model import Checkpoint
 
-__all__ = ["CheckpointError", "from_cebra", "from_state_dict", "load", "save", "to_state_dict"]
+__all__ = [
+    "CheckpointError",
+    "from_cebra",
+    "from_state_dict",
+    "import_once",
+    "load",
+    "save",
+    "to_state_dict",
+]
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
 from cebra_jax_metrics.arrays import as_numpy
-from cebra_jax_metrics.checkpoints.torch_zip import CheckpointError, DType, read_torch_zip
+from cebra_jax_metrics.checkpoints.torch_zip import CheckpointError, DType, Record, read_torch_zip
 from cebra_jax_metrics.encoders import Encoder, get_architecture
 from cebra_jax_metrics.encoders.layers import Shapes
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, as_model
@@ -46,6 +47,8 @@ SETTINGS: dict[str, Any] = {
     "masking_kwargs": None,
 }
 _SOLVERS = ("single-session", "single-session-full", "single-session-hybrid", "multi-session")
+_STATE = ("label_types_", "n_features_", "n_features_in_", "num_sessions_", "solver_name_")
+_DEEPEST = 8  # modules within modules
 _HISTORY = ("total", "pos", "neg", "temperature")
 _LOG_INVERSE_TEMPERATURE = "log_inverse_temperature"
 
@@ -67,8 +70,7 @@ def from_cebra(estimator: Any) -> Checkpoint:
     if not hasattr(estimator, "get_params") or not hasattr(estimator, "fit"):
         raise TypeError(f"Expected a fitted cebra.CEBRA, got {type(estimator).__name__}.")
     check_is_fitted(estimator, "n_features_")
-    names = ("label_types_", "n_features_", "n_features_in_", "num_sessions_", "solver_name_")
-    state = {name: getattr(estimator, name) for name in names if hasattr(estimator, name)}
+    state = {name: getattr(estimator, name) for name in _STATE if hasattr(estimator, name)}
     state_dict = estimator.state_dict_
     payload = {
         "args": estimator.get_params(),
@@ -79,11 +81,38 @@ def from_cebra(estimator: Any) -> Checkpoint:
     return _from_payload(payload)
 
 
+# Estimators that were imported before: their solver, what marked its state, the checkpoint.
+_imported: weakref.WeakKeyDictionary[Any, tuple[weakref.ref, Any, Checkpoint]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def import_once(estimator: Any) -> Checkpoint:
+    """As :func:`from_cebra`, but an estimator that has not changed is not converted again.
+
+    Fitting again, further or to other data, moving to a device and other settings are noticed.
+    """
+    solver = getattr(estimator, "solver_", None)
+    modules: list[Any] = [getattr(solver, name, None) for name in ("model", "criterion")]
+    if not all(hasattr(module, "parameters") for module in modules):
+        return from_cebra(estimator)
+    # torch counts the changes of a tensor's values.
+    tensors = [(id(t), t._version, t.data_ptr()) for m in modules for t in m.parameters()]
+    steps = len(getattr(solver, "history", ())), len(getattr(solver, "log", {}).get("total", ()))
+    mark = tensors, steps, repr(estimator.get_params()), repr(vars(estimator).get("label_types_"))
+    known = _imported.get(estimator)
+    if known is not None and known[0]() is solver and known[1] == mark:
+        return known[2]
+    checkpoint = from_cebra(estimator)
+    _imported[estimator] = weakref.ref(solver), mark, checkpoint
+    return checkpoint
+
+
 def read_cebra_file(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a file that ``cebra.CEBRA.save`` wrote, without torch, CEBRA or executing any of it."""
     payload = read_torch_zip(path)
     try:
-        return _from_payload(payload)
+        return _from_payload(_payload_of(payload) if isinstance(payload, Record) else payload)
     except ValueError as error:
         raise CheckpointError(f"Cannot use {str(path)!r}: {error}") from None
     except Exception as error:  # whatever a damaged file makes the code below stumble over
@@ -151,6 +180,39 @@ def to_state_dict(model: Model | Checkpoint) -> dict[str, np.ndarray]:
             (prefix + name, np.array(encoder.params[owner])) for name, owner in names.items()
         )
     return state
+
+
+def _payload_of(estimator: Record) -> dict[str, Any]:
+    """What CEBRA would have saved of an estimator that was pickled whole."""
+    if estimator.kind != "CEBRA":
+        raise CheckpointError(f"it holds an object of class {estimator.kind}, no CEBRA estimator.")
+    attributes = estimator.attributes
+    solver = attributes.get("solver_")
+    if not isinstance(solver, Record):
+        raise CheckpointError("the estimator that it holds is not fitted.")
+    model, criterion = (solver.attributes.get(name) for name in ("model", "criterion"))
+    return {
+        "args": {name: attributes[name] for name in SETTINGS if name in attributes},
+        "state": {name: attributes[name] for name in _STATE if name in attributes},
+        "state_dict": {
+            "model": dict(_named_parameters(model, "")),
+            "criterion": dict(_named_parameters(criterion, "")),
+            "log": solver.attributes.get("log", {}),
+            "loss": solver.attributes.get("history", []),
+        },
+    }
+
+
+def _named_parameters(module: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Parameters of a pickled torch module and of those in it, by torch's names."""
+    if not isinstance(module, Record) or depth > _DEEPEST:
+        raise CheckpointError("its modules are not laid out as torch's are.")
+    for name, value in module.attributes.get("_parameters", {}).items():
+        if value is not None:
+            yield f"{prefix}{name}", value
+    for name, inner in module.attributes.get("_modules", {}).items():
+        if inner is not None:
+            yield from _named_parameters(inner, f"{prefix}{name}.", depth + 1)
 
 
 def _from_payload(payload: Any) -> Checkpoint:

@@ -12,7 +12,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,14 @@ class DType:
     """A NumPy dtype; its byte order follows its name in a pickle."""
 
     dtype: np.dtype
+
+
+@dataclass(eq=False)
+class Record:
+    """An object of a known class as an inert record: its class's name, and its attributes."""
+
+    kind: str
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 class _StorageType(NamedTuple):
@@ -132,6 +140,17 @@ def _size(dimensions: object = ()) -> tuple[object, ...]:
     return tuple(dimensions)  # type: ignore[arg-type]
 
 
+def _items(items: object = ()) -> list[object]:
+    """A set as the list that it is pickled as."""
+    if not isinstance(items, list | tuple):
+        raise CheckpointError("a set is not described as Python does it.")
+    return list(items)
+
+
+def _device(*where: object) -> str:
+    return ":".join(str(part) for part in where if isinstance(part, str | int))
+
+
 _STORAGES = {
     "FloatStorage": "<f4",
     "DoubleStorage": "<f8",
@@ -172,6 +191,22 @@ _FUNCTIONS: dict[_Global, Callable[..., object]] = {
     _Global("torch._utils", "_rebuild_parameter"): _parameter,
     _Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     _Global("torch.torch_version", "TorchVersion"): _version,
+    _Global("torch", "device"): _device,
+    **{_Global(module, "set"): _items for module in ("__builtin__", "builtins")},
+}
+# Classes of CEBRA's estimator, its parts and its optimiser, which save(backend="torch") pickles
+# whole. Nothing of them is imported or called: they become records.
+_CLASSES = {
+    r"cebra\.integrations\.sklearn\.cebra": r"CEBRA",
+    r"cebra\.integrations\.sklearn\.dataset": r"SklearnDataset",
+    r"cebra\.(data|distributions)\.\w+": r"[A-Z]\w*",  # of an adapted estimator
+    r"cebra\.solver\.(base|single_session|multi_session)": r"\w+Solver",
+    r"cebra\.models\.(model|layers|criterions|multiobjective)": r"_?[A-Z]\w*",
+    r"torch\.nn\.modules\.\w+": r"[A-Z]\w*",
+    r"torch\.optim\.adam": r"Adam",
+    r"torch\._C": r"Generator",
+    r"collections": r"defaultdict",
+    r"__builtin__|builtins": r"slice|dict",
 }
 
 
@@ -228,6 +263,8 @@ class _Machine:
 
     def update(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Record):
+            return  # the optimiser's notes, by parameter
         if type(target) is not dict:
             raise CheckpointError("its pickle sets items of what is no dictionary.")
         target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
@@ -236,7 +273,8 @@ class _Machine:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Global) or type(arguments) is not tuple:
             raise CheckpointError("its pickle calls what is no function.")
-        self.stack.append(_FUNCTIONS[function](*arguments))
+        make = _FUNCTIONS.get(function)
+        self.stack.append(Record(function.name) if make is None else make(*arguments))
 
     def set_state(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -245,6 +283,10 @@ class _Machine:
                 target.left, target.right = left, right
             case DType(), (_, str(order), *_) if order in tuple("<>|="):
                 target.dtype = target.dtype.newbyteorder(order)  # type: ignore[arg-type]
+            case Record(), dict():
+                target.attributes.update(state)
+            case Record(), _:
+                pass  # of a random generator, say
             case ((dict() | str()), dict()):
                 pass  # torch's notes on a state dict, a version's attributes
             case _:
@@ -290,11 +332,8 @@ def _look_up(module: str, name: str) -> object:
         return key
     if key in _VALUES:
         return _VALUES[key]
-    if module.startswith("cebra.integrations.sklearn"):
-        raise CheckpointError(
-            f"it was saved with backend='torch', as a pickled {module}.{name}, which is not "
-            "supported: load it with CEBRA and save it with backend='sklearn'."
-        )
+    if any(re.fullmatch(m, module) and re.fullmatch(n, name) for m, n in _CLASSES.items()):
+        return key
     raise CheckpointError(
         f"it asks for {module}.{name}, which no CEBRA checkpoint needs; it was refused, and "
         "nothing of the file was executed."
@@ -357,7 +396,8 @@ def read_torch_zip(path: str | os.PathLike[str]) -> object:
     """Read a file that ``torch.save`` wrote as plain containers, numbers and NumPy arrays.
 
     Tensors come as read-only arrays with their dtype, wherever they were saved from; torch's dtypes
-    come as their names, NumPy's as :class:`DType`, CEBRA's offset as :class:`Offset`.
+    come as their names, NumPy's as :class:`DType`, CEBRA's offset as :class:`Offset`, objects of
+    CEBRA's and torch's classes as :class:`Record`.
 
     Raises:
         CheckpointError: Not a torch zip file, a damaged one, or one whose pickle asks for anything

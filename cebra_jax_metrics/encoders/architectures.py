@@ -17,6 +17,7 @@ from cebra_jax_metrics.encoders.layers import (
     GELU,
     NORMALIZE,
     TANH,
+    Beside,
     Conv,
     Dropout,
     Layer,
@@ -168,6 +169,20 @@ def _offset36_dropout(in_blocks: bool, n: int, h: int, d: int) -> Stack:
     return (Conv(n, h, 2), Dropout(), GELU, *skips, Conv(h, d, 3), NORMALIZE)
 
 
+def _subsampling(blocks: int, last: int, n: int, h: int, d: int) -> Stack:
+    """Strides of 2 and 2, so that what follows looks at every fourth step: dilated, not strided.
+
+    So every time step has the embedding that its own window gives.
+    """
+    skips = (Skip((Conv(h, h, 3, dilation=4), GELU), crop=4) for _ in range(blocks))
+    head = Beside(Conv(n, h, 4)), Conv(n + h, h, 3, dilation=2), GELU
+    return (*head, *skips, Conv(h, d, last, dilation=4), NORMALIZE)
+
+
+def _subsampling_mlp(n: int, h: int, d: int) -> Stack:
+    return (Beside(Conv(n, h, 4)), *_mlp((n + h, h, h, h // 2, d), NORMALIZE))
+
+
 def _cebra_architectures() -> dict[str, Architecture]:
     partial = functools.partial
     one = partial(_Layered, (0, 1))
@@ -208,6 +223,13 @@ def _cebra_architectures() -> dict[str, Architecture]:
             table["offset10-model-mse-tanh"] = _Layered(offset, partial(stack, (TANH,)))
     for name, in_blocks in (("dropout", False), ("more-dropout", True)):
         table[f"offset36-model-{name}"] = _Layered((18, 18), partial(_offset36_dropout, in_blocks))
+    for name, old_name, side, architecture in (
+        ("offset40-model-4x-subsample", "resample-model", 20, partial(_subsampling, 3, 3)),
+        ("offset20-model-4x-subsample", "resample5-model", 10, partial(_subsampling, 1, 2)),
+        ("offset4-model-2x-subsample", "resample1-model", 2, _subsampling_mlp),
+    ):
+        min_units = 2 if architecture is _subsampling_mlp else 1
+        table[name] = table[old_name] = _Layered((side, side), architecture, min_units)
     return table
 
 
@@ -216,7 +238,6 @@ _BUILT_IN = frozenset(_ARCHITECTURES)
 # What CEBRA has besides, and why it is not here.
 _REFUSED = {
     r"supervised\d+-model": "supervised models predict labels, InfoNCE says nothing of them",
-    r"offset\d+-model-\dx-subsample|resample\d?-model": "subsampling is not supported yet",
 }
 
 

@@ -55,11 +55,12 @@ class Linear(Layer):
 
 @dataclass(frozen=True, eq=False)
 class Conv(Layer):
-    """One-dimensional convolution over time, without padding."""
+    """One-dimensional convolution over time, without padding; its taps ``dilation`` steps apart."""
 
     inputs: int
     outputs: int
     taps: int
+    dilation: int = 1
 
     def shapes(self, name: str) -> Shapes:
         """``weight`` (outputs, inputs, taps) and ``bias`` (outputs,)."""
@@ -67,12 +68,13 @@ class Conv(Layer):
         return {f"{name}.weight": weight, f"{name}.bias": (self.outputs,)}
 
     def apply(self, params: Parameters, name: str, x: Array) -> Array:
-        """``(time, inputs)`` to ``(time - taps + 1, outputs)``."""
+        """``(time, inputs)`` to ``(time - dilation (taps - 1), outputs)``."""
         weight = params[f"{name}.weight"]
-        steps = x.shape[0] - self.taps + 1
+        shifts = [tap * self.dilation for tap in range(self.taps)]
+        steps = x.shape[0] - shifts[-1]
         stacked = weight.transpose(2, 0, 1).reshape(-1, self.inputs)
         products = _matmul(x, stacked).reshape(-1, self.taps, self.outputs)
-        out = sum(products[tap : tap + steps, tap] for tap in range(self.taps))
+        out = sum(products[shift : shift + steps, tap] for tap, shift in enumerate(shifts))
         return out + params[f"{name}.bias"][None, :]
 
 
@@ -119,6 +121,22 @@ class SkipLinear(Layer):
         missing = self.linear.outputs - self.linear.inputs
         shortcut = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, missing, 0)))
         return shortcut + self.linear.apply(params, f"{name}.module", x)
+
+
+@dataclass(frozen=True, eq=False)
+class Beside(Layer):
+    """A convolution's output, and beside it the input at its first tap."""
+
+    conv: Conv
+
+    def shapes(self, name: str) -> Shapes:
+        """Those of the convolution, under ``layer``."""
+        return self.conv.shapes(f"{name}.layer")
+
+    def apply(self, params: Parameters, name: str, x: Array) -> Array:
+        """``(time, inputs)`` to ``(time - taps + 1, outputs + inputs)``."""
+        out = self.conv.apply(params, f"{name}.layer", x)
+        return jnp.concatenate([out, x[: len(out)]], axis=1)
 
 
 GELU = Function(lambda x: jax.nn.gelu(x, approximate=False))

@@ -13,6 +13,7 @@ from cebra_jax_metrics.metrics.scores import (
     goodness_of_fit_score,
     infonce_loss,
     infonce_to_goodness_of_fit,
+    multisession_infonce_loss,
     sampler_for,
     score,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "goodness_of_fit_score",
     "infonce_loss",
     "infonce_to_goodness_of_fit",
+    "multisession_infonce_loss",
     "sampler_for",
     "score",
 ]

@@ -4,9 +4,11 @@ They take a :class:`Checkpoint`, the path of a checkpoint or a fitted ``cebra.CE
 kind, and return Python floats and NumPy arrays.
 """
 
+import dataclasses
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,48 @@ import numpy as np
 from jax import Array
 
 from cebra_jax_metrics.arrays import as_integer, as_numpy, check_dimensions, check_finite
-from cebra_jax_metrics.checkpoints import from_cebra, load
-from cebra_jax_metrics.estimation import Estimate, estimate_infonce
+from cebra_jax_metrics.checkpoints import import_once, load
+from cebra_jax_metrics.estimation import Estimate, FeatureRange, estimate_infonce
 from cebra_jax_metrics.model import Checkpoint, Model, as_recording, select_encoder
-from cebra_jax_metrics.samplers import DeltaNormal, Discrete, Mixed, Sampler, Time, TimeDelta
+from cebra_jax_metrics.samplers import (
+    DeltaNormal,
+    Discrete,
+    DiscreteMultisession,
+    FullBatch,
+    Hybrid,
+    Mixed,
+    Multisession,
+    Sampler,
+    Time,
+    TimeDelta,
+)
+
+RENAMED = {"time_offset": "time_offsets"}
+
+
+class Settings(TypedDict, total=False):
+    """What a score may have otherwise than the model was trained with.
+
+    Attributes:
+        batch_size: References and negatives per batch; ``None`` takes all time steps at once.
+        time_offset: Steps from a reference to its positive, or over which labels change.
+        conditional: ``"time"``, ``"time_delta"`` or ``"delta_normal"``.
+        delta: Standard deviation of the labels of positives, for ``"delta_normal"``.
+        prior: Of discrete labels, ``"empirical"`` or ``"uniform"``.
+        temperature: What similarities are divided by.
+        feature_range: Features of the embedding that are scored: a slice, or several whose losses
+            are added (:func:`evaluate`).
+        renormalize: Divide the embeddings in a feature range by their norm.
+    """
+
+    batch_size: int | None
+    time_offset: int
+    conditional: str | None
+    delta: float
+    prior: str
+    temperature: float
+    feature_range: FeatureRange
+    renormalize: bool
 
 
 @overload
@@ -30,6 +70,7 @@ def infonce_loss(
     correct_by_batchsize: bool = ...,
     key: Array | None = ...,
     return_estimate: Literal[False] = ...,
+    **settings: Unpack[Settings],
 ) -> float: ...
 @overload
 def infonce_loss(
@@ -41,6 +82,7 @@ def infonce_loss(
     correct_by_batchsize: bool = ...,
     key: Array | None = ...,
     return_estimate: Literal[True],
+    **settings: Unpack[Settings],
 ) -> Estimate: ...
 def infonce_loss(
     cebra_model: Any,
@@ -51,6 +93,7 @@ def infonce_loss(
     correct_by_batchsize: bool = False,
     key: Array | None = None,
     return_estimate: bool = False,
+    **settings: Unpack[Settings],
 ) -> float | Estimate:
     """InfoNCE loss of a model on one recording, averaged over batches drawn from that recording.
 
@@ -63,22 +106,35 @@ def infonce_loss(
         num_batches: Batches to average; 500 or more for a score to report.
         correct_by_batchsize: Subtract the log of the batch size.
         key: JAX PRNG key; by default always ``jax.random.key(0)``, so that scores repeat.
-        return_estimate: Return the :class:`Estimate` with its standard error.
+        return_estimate: Return the :class:`Estimate` with its standard error and its parts.
+        **settings: What to do otherwise than in training: ``batch_size``, ``time_offset``,
+            ``conditional``, ``delta``, ``prior``, ``temperature``, ``feature_range`` (a slice of
+            the features to score, or several) and ``renormalize``.
 
     Returns:
-        The loss in nats. The ``Estimate`` is not corrected by the batch size.
+        The loss in nats; that of a hybrid model is the sum of its two objectives. The ``Estimate``
+        is not corrected by the batch size. A model trained on full batches is scored on all time
+        steps of ``X`` at once.
 
     Raises:
         sklearn.exceptions.NotFittedError: The estimator is not fitted.
-        NotImplementedError: Several sessions were given, or the model is of a kind that is not
-            scored yet (hybrid, full-batch).
+        NotImplementedError: Several sessions were given (see :func:`multisession_infonce_loss`), or
+            settings and labels of which CEBRA makes no batches.
         RuntimeError: Missing or wrong ``session_id``.
         ValueError: ``X`` or ``y`` do not fit the model, are not finite or differ in length; a
             setting or the number of batches makes no sense.
+        TypeError: A setting of another name.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.infonce_loss``.
     """
-    estimate = score(cebra_model, X, *y, session_id=session_id, num_batches=num_batches, key=key)
+    checkpoint = as_checkpoint(cebra_model)
+    if correct_by_batchsize and _changed(checkpoint, settings).settings.get("batch_size") is None:
+        raise ValueError(
+            "Batch size is None, please provide a model with a batch size to correct the InfoNCE."
+        )
+    estimate = score(
+        checkpoint, X, *y, session_id=session_id, num_batches=num_batches, key=key, **settings
+    )
     if return_estimate:
         return estimate
     correction = np.log(estimate.num_negatives) if correct_by_batchsize else 0.0
@@ -94,6 +150,7 @@ def goodness_of_fit_score(
     num_batches: int = ...,
     key: Array | None = ...,
     return_estimate: Literal[False] = ...,
+    **settings: Unpack[Settings],
 ) -> float: ...
 @overload
 def goodness_of_fit_score(
@@ -104,6 +161,7 @@ def goodness_of_fit_score(
     num_batches: int = ...,
     key: Array | None = ...,
     return_estimate: Literal[True],
+    **settings: Unpack[Settings],
 ) -> Estimate: ...
 def goodness_of_fit_score(
     cebra_model: Any,
@@ -113,6 +171,7 @@ def goodness_of_fit_score(
     num_batches: int = 500,
     key: Array | None = None,
     return_estimate: bool = False,
+    **settings: Unpack[Settings],
 ) -> float | Estimate:
     """Goodness of fit of a model on one recording: 0 bits is chance, below 0 is worse than chance.
 
@@ -128,6 +187,7 @@ def goodness_of_fit_score(
         key: JAX PRNG key; by default always ``jax.random.key(0)``, so that scores repeat.
         return_estimate: Return the :class:`Estimate`, whose ``bits`` and ``bits_stderr`` are the
             score and its standard error.
+        **settings: What to do otherwise than in training, see :func:`infonce_loss`.
 
     Returns:
         The goodness of fit in bits.
@@ -137,8 +197,85 @@ def goodness_of_fit_score(
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.goodness_of_fit_score``.
     """
-    estimate = score(cebra_model, X, *y, session_id=session_id, num_batches=num_batches, key=key)
+    estimate = score(
+        cebra_model, X, *y, session_id=session_id, num_batches=num_batches, key=key, **settings
+    )
     return estimate if return_estimate else float(estimate.bits)
+
+
+def multisession_infonce_loss(
+    cebra_model: Any,
+    X: Sequence[Any],
+    *y: Sequence[Any],
+    num_batches: int = 500,
+    key: Array | None = None,
+    **settings: Unpack[Settings],
+) -> Estimate:
+    """Joint InfoNCE loss of a multi-session model: the one that it was trained on.
+
+    ``batch_size`` references of each session are scored against the negatives of all sessions;
+    their positives come from sessions drawn at random (:class:`samplers.Multisession`).
+
+    Args:
+        cebra_model: A multi-session :class:`Checkpoint`, the path of one, or a fitted
+            ``cebra.CEBRA``.
+        X: A recording ``(time, neurons)`` for each session of the model, in its order.
+        *y: One list of labels for each session: floats are continuous, integers discrete.
+        num_batches: Batches to average.
+        key: JAX PRNG key; by default always ``jax.random.key(0)``.
+        **settings: What to do otherwise than in training, see :func:`infonce_loss`.
+
+    Returns:
+        The estimate in nats, ``float(estimate)`` being the loss; ``parts["0"]`` and so on are the
+        references of each session. Chance is the log of the negatives of all sessions.
+
+    Raises:
+        RuntimeError: There are no labels.
+        NotImplementedError: Several lists of labels, or a model without batch size.
+        ValueError: The model has no sessions; recordings and labels do not fit it or each other; a
+            session lacks a discrete label that another has.
+
+    Source: CEBRA 0.6.1 ``cebra.solver.MultiSessionSolver``, ``cebra.data.multi_session``.
+    """
+    checkpoint = _changed(as_checkpoint(cebra_model), settings)
+    encoders = checkpoint.model.encoders
+    if not checkpoint.is_multisession:
+        raise ValueError("The model has one session only: use infonce_loss.")
+    if not y:
+        raise RuntimeError(
+            "No label: labels are needed for alignment in the multisession implementation."
+        )
+    if len(y) > 1:
+        raise NotImplementedError(
+            "Support for multiple set of index is not implemented in multissesion training, got "
+            f"{len(y)}: put continuous labels side by side in one array for each session."
+        )
+    if len(X) != len(y[0]) or len(X) != len(encoders):
+        raise ValueError(
+            "Invalid number of sessions: number of sessions in X and y need to match, got "
+            f"X:{len(X)} and y:{[len(labels) for labels in y]}, for a model of {len(encoders)}."
+        )
+    recordings = [as_recording(x, e, i) for i, (x, e) in enumerate(zip(X, encoders, strict=True))]
+    labels = [_label_array(label) for label in y[0]]
+    for session, (x, label) in enumerate(zip(recordings, labels, strict=True)):
+        if np.ndim(label) and len(x) != len(label):
+            raise ValueError(
+                f"Invalid number of samples in session {session} for set of label 0: X has "
+                f"{len(x)}, while y has {len(label)}"
+            )
+        _check_labels(checkpoint.settings, [label], len(x), session)
+    if len({np.issubdtype(label.dtype, np.integer) for label in labels}) > 1:
+        raise ValueError(
+            f"Some sessions have integer labels, others floats: {[str(y.dtype) for y in labels]}."
+        )
+    if checkpoint.settings.get("hybrid") or checkpoint.settings.get("batch_size") is None:
+        raise _no_such_batches(checkpoint.settings, labels)
+    sampler: Sampler
+    if np.issubdtype(labels[0].dtype, np.integer):
+        sampler = DiscreteMultisession(labels)
+    else:
+        sampler = Multisession(labels, _time_offset(checkpoint.settings.get("time_offsets", 1)))
+    return _estimated(checkpoint, recordings, sampler, num_batches, key, **_space(settings))
 
 
 def score(
@@ -148,38 +285,56 @@ def score(
     session_id: int | None = None,
     num_batches: int = 500,
     key: Array | None = None,
-    **options: Any,
+    chunk_size: int | None = None,
+    progress: Any = iter,
+    **settings: Unpack[Settings],
 ) -> Estimate:
-    """What the two scores share; further options go to :func:`estimate_infonce`."""
-    checkpoint = as_checkpoint(cebra_model)
-    if isinstance(X, list) and X and np.ndim(_first(X)) == 2:
-        raise NotImplementedError(
-            f"Data invalid: score cannot be computed on multiple sessions, got {len(X)} sessions. "
-            "Score them one by one with session_id."
-        )
-    if y and isinstance(y[0], list) and y[0] and np.ndim(_first(y[0])) == 2:
-        raise NotImplementedError(
-            f"Labels invalid: score cannot be computed on multiple sessions, got {len(y[0])} "
-            "sessions. Score them one by one with session_id."
-        )
+    """What the two scores share."""
+    checkpoint = _changed(as_checkpoint(cebra_model), settings)
+    for what, values in (("Data", X), ("Labels", y[0] if y else None)):
+        if isinstance(values, list) and values and np.ndim(_first(values)) == 2:
+            raise NotImplementedError(
+                f"{what} invalid: score cannot be computed on multiple sessions, got "
+                f"{len(values)} sessions. Score them one by one with session_id, or jointly with "
+                "multisession_infonce_loss."
+            )
     encoder = select_encoder(checkpoint, session_id)
     X = as_recording(X, encoder, session_id)
     labels = [_label_array(label) for label in y]
     _check_labels(checkpoint.settings, labels, len(X), session_id)
+    return _estimated(
+        checkpoint,
+        X,
+        sampler_for(checkpoint.settings, len(X), labels, encoder.offset),
+        num_batches,
+        key,
+        session_id=session_id,
+        chunk_size=chunk_size,
+        progress=progress,
+        **_space(settings),
+    )
+
+
+def _estimated(
+    checkpoint: Checkpoint,
+    X: Any,
+    sampler: Sampler,
+    num_batches: int,
+    key: Array | None,
+    **options: Any,
+) -> Estimate:
     if num_batches is None or (isinstance(num_batches, int) and num_batches < 1):
         raise ValueError(
             f"num_steps cannot be less than or equal to zero or None. Got {num_batches}; "
             "num_batches has to be at least 1."
         )
-    batch_size = _batch_size(checkpoint.settings)
     estimate = estimate_infonce(
         jax.random.key(0) if key is None else key,
         checkpoint,
         X,
-        sampler_for(checkpoint.settings, len(X), labels),
-        batch_size=batch_size,
+        sampler,
+        batch_size=checkpoint.settings.get("batch_size"),
         num_batches=num_batches,
-        session_id=session_id,
         **options,
     )
     if not np.isfinite(estimate.loss):
@@ -190,6 +345,31 @@ def score(
     return estimate
 
 
+def _changed(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint with other settings."""
+    unknown = set(settings) - set(Settings.__annotations__)
+    if unknown:
+        raise TypeError(
+            f"Unknown settings {sorted(unknown)}: expected some of "
+            f"{sorted(Settings.__annotations__)}."
+        )
+    model = checkpoint.model
+    if "temperature" in settings:
+        temperature = settings["temperature"]
+        if not 0 < temperature < np.inf:
+            raise ValueError(f"temperature has to be a finite number above 0, got {temperature}.")
+        fixed = dataclasses.replace(
+            model.criterion, temperature=jnp.float32(temperature), learned=False
+        )
+        model = dataclasses.replace(model, criterion=fixed)
+    other = {RENAMED.get(name, name): value for name, value in settings.items()}
+    return dataclasses.replace(checkpoint, model=model, settings={**checkpoint.settings, **other})
+
+
+def _space(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in ("feature_range", "renormalize") if name in settings}
+
+
 def goodness_of_fit_history(model: Any) -> np.ndarray:
     """Goodness of fit at every training step, from the recorded loss.
 
@@ -197,7 +377,8 @@ def goodness_of_fit_history(model: Any) -> np.ndarray:
         model: A :class:`Checkpoint`, the path of one, or a fitted ``cebra.CEBRA``.
 
     Returns:
-        Bits ``(steps,)``; several sessions are trained with a joint loss over all their negatives.
+        Bits ``(steps,)``; several sessions are trained with a joint loss over all their negatives,
+        hybrid models with the sum of two losses, each with a chance of its own.
 
     Raises:
         sklearn.exceptions.NotFittedError: The estimator is not fitted.
@@ -206,11 +387,12 @@ def goodness_of_fit_history(model: Any) -> np.ndarray:
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.goodness_of_fit_history``.
     """
     checkpoint = as_checkpoint(model)
-    if checkpoint.settings.get("hybrid"):
-        raise NotImplementedError("The history of hybrid models is not supported yet.")
     if not len(checkpoint.history.get("total", ())):
         raise ValueError("The checkpoint holds no training history.")
-    return np.asarray(infonce_to_goodness_of_fit(checkpoint.history["total"], checkpoint))
+    bits = np.asarray(infonce_to_goodness_of_fit(checkpoint.history["total"], checkpoint))
+    if checkpoint.settings.get("hybrid"):
+        bits = bits + np.log2(checkpoint.settings["batch_size"])
+    return bits
 
 
 def infonce_to_goodness_of_fit(
@@ -281,17 +463,27 @@ def as_checkpoint(model: Any) -> Checkpoint:
             "A bare Model does not say how to sample: pass a Checkpoint, or use "
             "estimate_infonce(key, model, X, sampler, ...)."
         )
-    return from_cebra(model)
+    return import_once(model)
 
 
 def sampler_for(
-    settings: Mapping[str, Any], num_steps: int, labels: Sequence[np.ndarray]
+    settings: Mapping[str, Any],
+    num_steps: int,
+    labels: Sequence[np.ndarray],
+    offset: tuple[int, int] = (0, 1),
 ) -> Sampler:
     """The sampler that CEBRA's settings and the kinds of the labels ask for.
 
+    Args:
+        settings: As those of a :class:`Checkpoint`.
+        num_steps: Length of the recording.
+        labels: Checked labels of it.
+        offset: The encoder's window, which full batches depend on.
+
     Raises:
         ValueError: Unknown ``conditional``, missing ``delta``, or several discrete labels.
-        NotImplementedError: Several time offsets.
+        NotImplementedError: Several time offsets, or settings and labels that CEBRA has no sampler
+            for.
     """
     continuous = [y.reshape(num_steps, -1) for y in labels if np.issubdtype(y.dtype, np.floating)]
     discrete = [y for y in labels if np.issubdtype(y.dtype, np.integer)]
@@ -299,26 +491,57 @@ def sampler_for(
         raise ValueError(
             f"Only 1D discrete indices are allowed, but got {len(discrete)} discrete indices"
         )
+    is_full, is_hybrid = settings.get("batch_size") is None, bool(settings.get("hybrid"))
+    if (is_hybrid and (is_full or not continuous)) or (discrete and (is_full or is_hybrid)):
+        raise _no_such_batches(settings, labels)
     time_offset = _time_offset(settings.get("time_offsets", 1))
-    if not labels:
-        return Time(num_steps, time_offset)
-    if not continuous:
-        return Discrete(discrete[0])
-    values = np.concatenate([y.astype(np.float32) for y in continuous], axis=1)
+    values = (
+        np.concatenate([y.astype(np.float32) for y in continuous], axis=1) if continuous else None
+    )
     if discrete:
-        return Mixed(discrete[0], values, time_offset)
+        if values is not None:
+            return Mixed(discrete[0], values, time_offset)
+        return Discrete(discrete[0], settings.get("prior") or "empirical")
+    sampler = _by_conditional(settings, values, num_steps, time_offset)
+    if is_full:
+        return FullBatch(sampler, num_steps, offset)
+    return Hybrid(sampler, time_offset) if is_hybrid else sampler
+
+
+def _by_conditional(
+    settings: Mapping[str, Any], values: np.ndarray | None, num_steps: int, time_offset: int
+) -> Time | TimeDelta | DeltaNormal:
     conditional = settings.get("conditional") or "time_delta"
-    if conditional == "time":
+    if values is None or conditional == "time":
         return Time(num_steps, time_offset)
     if conditional == "time_delta":
         return TimeDelta(values, time_offset)
-    if conditional in ("delta", "delta_normal"):
-        if settings.get("delta") is None:
-            raise ValueError(f"The conditional {conditional!r} needs the setting delta.")
-        return DeltaNormal(values, settings["delta"])
-    raise ValueError(
-        f"Unknown conditional {conditional!r}: expected 'time', 'time_delta' or 'delta_normal'."
+    if conditional not in ("delta", "delta_normal"):
+        raise ValueError(
+            f"Unknown conditional {conditional!r}: expected 'time', 'time_delta' or 'delta_normal'."
+        )
+    if conditional == "delta":
+        warnings.warn(
+            '"delta" distribution will be deprecated by CEBRA: it calls it "delta_normal" now.',
+            DeprecationWarning,
+            stacklevel=2,
+        )
+    if settings.get("delta") is None:
+        raise ValueError(f"The conditional {conditional!r} needs the setting delta.")
+    return DeltaNormal(values, settings["delta"])
+
+
+def _no_such_batches(settings: Mapping[str, Any], labels: Sequence[np.ndarray]) -> Exception:
+    """The error for settings and labels that CEBRA does not train with either."""
+    kinds = {np.issubdtype(label.dtype, np.floating) for label in labels}
+    message = (
+        f"Invalid index combination.\nContinuous: {True in kinds},\nDiscrete: {False in kinds},\n"
+        f"Hybrid training: {bool(settings.get('hybrid'))},\n"
+        f"Full dataset: {settings.get('batch_size') is None}."
     )
+    if settings.get("hybrid") and not labels:
+        return ValueError(message)
+    return NotImplementedError(f"{message} CEBRA has no batches for it.")
 
 
 def _label_array(label: Any) -> np.ndarray:
@@ -337,17 +560,6 @@ def _time_offset(time_offsets: Any) -> int:
             )
         (time_offsets,) = time_offsets
     return as_integer("time_offsets", time_offsets, at_least=0)
-
-
-def _batch_size(settings: Mapping[str, Any]) -> int:
-    if settings.get("hybrid"):
-        raise NotImplementedError("Hybrid models are not scored yet.")
-    if "batch_size" not in settings or settings["batch_size"] is None:
-        raise ValueError(
-            "Batch size is None, please provide a model with a batch size: models trained on the "
-            "full dataset are not scored yet."
-        )
-    return as_integer("batch_size", settings["batch_size"], at_least=1)
 
 
 def _check_labels(

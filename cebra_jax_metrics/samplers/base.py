@@ -53,6 +53,10 @@ class Sampler(Protocol):
         """Find the positives."""
         ...
 
+    def complete(self, proposal: Proposal) -> Any:
+        """Make a batch of a proposal, or many of many."""
+        ...
+
     def sample(self, key: Array, batch_size: int) -> Batch:
         """Draw one batch."""
         ...
@@ -61,11 +65,44 @@ class Sampler(Protocol):
 class SampleInTwoSteps:
     """``sample`` as ``propose``, then ``resolve``."""
 
-    def sample(self: Sampler, key: Array, batch_size: int) -> Batch:
+    def complete(self: Sampler, proposal: Proposal) -> Any:
+        """Find the positives of a proposal, or of many."""
+        return Batch(proposal.reference, self.resolve(proposal.query), proposal.negative)
+
+    def sample(self: Sampler, key: Array, batch_size: int) -> Any:
         """Draw one batch of ``batch_size`` references, positives and negatives."""
         batch_size = as_integer("batch_size", batch_size, at_least=1)
-        proposal = self.propose(as_key(key), batch_size)
-        return Batch(proposal.reference, self.resolve(proposal.query), proposal.negative)
+        return self.complete(self.propose(as_key(key), batch_size))
+
+
+class Conditional(Protocol):
+    """A sampler whose positives can be asked for at references drawn elsewhere.
+
+    Attributes:
+        length: Number of time steps.
+    """
+
+    @property
+    def length(self) -> Leaf:
+        """Number of time steps."""
+        ...
+
+    def query(self, key: Array, reference: Array) -> Any:
+        """Draw where to look for the positives of given references ``(batch,)``."""
+        ...
+
+    def resolve(self, query: Any) -> Array:
+        """Find the positives."""
+        ...
+
+
+def check_conditional(sampler: object) -> None:
+    """Refuse samplers that cannot take references drawn elsewhere."""
+    if not hasattr(sampler, "query"):
+        raise TypeError(
+            "Expected one of the samplers Time, TimeDelta and DeltaNormal, got "
+            f"{type(sampler).__name__}."
+        )
 
 
 # A sampler being a pytree, its method compiles once per kind and shape of sampler.
@@ -131,8 +168,8 @@ def as_continuous(labels: object) -> Array:
     return labels.reshape(labels.shape[0], -1)
 
 
-def as_discrete(labels: object) -> Array:
-    """Discrete labels ``(time,)`` as int32; known values are renumbered from 0."""
+def as_integers(labels: object) -> Array | np.ndarray:
+    """Discrete labels ``(time,)`` of whatever integers they are."""
     labels = as_array(labels)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -145,6 +182,12 @@ def as_discrete(labels: object) -> Array:
             f"Discrete labels have to be integers, got dtype {labels.dtype}; "
             "use a continuous sampler for floats, or cast with astype(int)."
         )
+    return labels
+
+
+def as_discrete(labels: object) -> Array:
+    """Discrete labels ``(time,)`` as int32; known values are renumbered from 0."""
+    labels = as_integers(labels)
     if is_traced(labels):  # not renumbered: wide integers stay wide
         return jnp.asarray(labels if labels.dtype.itemsize >= 4 else labels.astype(np.int32))
     return jnp.asarray(np.unique(np.asarray(labels), return_inverse=True)[1].astype(np.int32))

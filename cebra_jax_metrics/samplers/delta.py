@@ -77,6 +77,11 @@ class TimeDelta(SampleInTwoSteps):
         change = label_change(self.labels, step, self.time_offset)
         return Proposal(reference, negative, self.labels[reference] + change)
 
+    def query(self, key: Array, reference: Array) -> Array:
+        """Draw the labels to look for at given references."""
+        step = uniform_steps(key, reference.shape, self.length)
+        return self.labels[reference] + label_change(self.labels, step, self.time_offset)
+
     def resolve(self, query: Array) -> Array:
         """Find the time steps whose labels are nearest."""
         return nearest(self.labels, query, self.length)
@@ -120,9 +125,13 @@ class DeltaNormal(SampleInTwoSteps):
         """Draw references and negatives; queries are labels ``(batch, features)``."""
         prior, noise = jax.random.split(key)
         steps = uniform_steps(prior, (2, batch_size), self.length)
-        shape = (batch_size, self.labels.shape[1])
-        change = self.delta * jax.random.normal(noise, shape, dtype=jnp.float32)
-        return Proposal(steps[0], steps[1], self.labels[steps[0]] + change)
+        return Proposal(steps[0], steps[1], self.query(noise, steps[0]))
+
+    def query(self, key: Array, reference: Array) -> Array:
+        """Draw the labels to look for at given references."""
+        shape = (*reference.shape, self.labels.shape[1])
+        change = self.delta * jax.random.normal(key, shape, dtype=jnp.float32)
+        return self.labels[reference] + change
 
     def resolve(self, query: Array) -> Array:
         """Find the time steps whose labels are nearest."""

@@ -45,13 +45,13 @@ def uniform_over_values(
     return order[jax.random.randint(within, shape, starts[value], stop, dtype=jnp.int32)]
 
 
-def matching_step(key: Array, labels: Array, length: ArrayLike, reference: Array) -> Array:
-    """For every reference a time step of the same label, uniform among them."""
+def matching_step(key: Array, labels: Array, length: ArrayLike, wanted: Array) -> Array:
+    """For every wanted label a time step that has it, uniform among them."""
     order, values = sorted_steps(labels, length)
-    start = jnp.searchsorted(values, labels[reference], side="left")
-    stop = jnp.searchsorted(values, labels[reference], side="right").astype(jnp.int32)
+    start = jnp.searchsorted(values, wanted, side="left")
+    stop = jnp.searchsorted(values, wanted, side="right").astype(jnp.int32)
     stop = jnp.minimum(stop, length)
-    return order[jax.random.randint(key, reference.shape, start, stop, dtype=jnp.int32)]
+    return order[jax.random.randint(key, wanted.shape, start, stop, dtype=jnp.int32)]
 
 
 @pytree(static=("prior",))
@@ -93,7 +93,7 @@ class Discrete(SampleInTwoSteps):
             steps = uniform_steps(prior, (2, batch_size), self.length)
         else:
             steps = uniform_over_values(prior, self.labels, self.length, (2, batch_size))
-        positive = matching_step(conditional, self.labels, self.length, steps[0])
+        positive = matching_step(conditional, self.labels, self.length, self.labels[steps[0]])
         return Proposal(steps[0], steps[1], positive)
 
     def resolve(self, query: Array) -> Array:

@@ -52,6 +52,10 @@ class Time(SampleInTwoSteps):
         steps = uniform_steps(key, (2, batch_size), self.length - self.time_offset)
         return Proposal(steps[0], steps[1], steps[0] + self.time_offset)
 
+    def query(self, key: Array, reference: Array) -> Array:
+        """Positives of given references, which may lie beyond the end; nothing is drawn."""
+        return reference + self.time_offset
+
     def resolve(self, query: Array) -> Array:
         """Return the query: it is the positive."""
         return query
