@@ -289,8 +289,6 @@ def test_mixed_up_sessions(edited):
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("offset4-model-2x-subsample", "subsampling"),
-        ("resample-model", "subsampling"),
         ("supervised10-model", "supervised models predict labels"),
         ("offset11-model", r"Did you mean 'offset1.*register_architecture\("),
         ("my-own", r"register_architecture\('my-own', init="),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cebra_jax_metrics import embed, evaluate, load
-from cebra_jax_metrics.samplers import Batch
+from cebra_jax_metrics.samplers import Batch, HybridBatch, MultisessionBatch
 
 from .conftest import GOLDEN
 
@@ -78,3 +78,44 @@ def test_one_case_has_a_clamped_temperature(recording):
     checkpoint, _, results = golden("criterion_cosine_auto", None, recording)
     assert float(checkpoint.model.criterion.effective_temperature) == pytest.approx(0.4)
     assert results["grad.log_inverse_temperature"] == 0
+
+
+@pytest.fixture(scope="module")
+def objectives():
+    """What CEBRA's models and criteria give on given indices, where it cannot score itself."""
+    with np.load(GOLDEN / "objectives.npz") as data:
+        return dict(data)
+
+
+def indices(objectives, kind, names):
+    return [objectives[f"{kind}.{name}"][None].astype(np.int32) for name in names]
+
+
+def assert_losses(found, expected):
+    found = np.array([part[0] for part in found])
+    assert (np.abs(found - expected) <= 5e-6 * (1 + np.abs(expected))).all()
+
+
+def test_hybrid(objectives, recording):
+    batch = HybridBatch(*indices(objectives, "hybrid", HybridBatch._fields))
+    checkpoint = load(GOLDEN / "hybrid.pt")
+    behavior, time = objectives["hybrid.losses"]
+    assert_losses(evaluate(checkpoint, recording["X"], batch), behavior + time)
+    parts = batch.objectives
+    features = {"feature_range": slice(0, 3)}
+    assert_losses(evaluate(checkpoint, recording["X"], parts["behavior"], **features), behavior)
+    assert_losses(evaluate(checkpoint, recording["X"], parts["time"]), time)
+
+
+def test_full_batch(objectives, recording):
+    batch = Batch(*indices(objectives, "full_batch", Batch._fields))
+    checkpoint = load(GOLDEN / "full_batch.pt")
+    expected = objectives["full_batch.losses"]
+    assert_losses(evaluate(checkpoint, recording["X"], batch), expected)
+
+
+def test_joint(objectives, recording):
+    batch = MultisessionBatch(*indices(objectives, "joint", MultisessionBatch._fields))
+    Xs = [recording["X"], recording["X_1"]]
+    found = evaluate(load(GOLDEN / "multisession.pt"), Xs, batch)
+    assert_losses(found, objectives["joint.losses"])

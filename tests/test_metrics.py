@@ -176,7 +176,6 @@ INTEGERS = np.arange(9)
         ({}, (LABELS,), TimeDelta),
         ({"conditional": None}, (LABELS,), TimeDelta),
         ({"conditional": "time"}, (LABELS,), Time),
-        ({"conditional": "delta", "delta": 0.1}, (LABELS,), DeltaNormal),
         ({"conditional": "delta_normal", "delta": 1}, (LABELS, LABELS[:, 0]), DeltaNormal),
         ({"conditional": "time"}, (INTEGERS,), Discrete),
         ({"conditional": "time"}, (INTEGERS, LABELS), Mixed),
@@ -261,15 +260,51 @@ BAD = {
     ),
     "half": (lambda m, X, y: infonce_loss(m, X, y, num_batches=1.5), TypeError, "num_batches"),
     "key": (lambda m, X, y: infonce_loss(m, X, y, key=7), TypeError, "PRNG key"),
-    "hybrid": (
-        lambda m, X, y: infonce_loss(GOLDEN / "hybrid.pt", X, y),
-        NotImplementedError,
-        "Hybrid",
-    ),
-    "full": (
-        lambda m, X, y: infonce_loss(GOLDEN / "full_batch.pt", X, y),
+    "correction": (
+        lambda m, X, y: infonce_loss(m, X, y, batch_size=None, correct_by_batchsize=True),
         ValueError,
-        "Batch size",
+        "Batch size is None",
+    ),
+    "setting": (lambda m, X, y: infonce_loss(m, X, y, tau=1), TypeError, r"\['tau'\]"),
+    "cold": (lambda m, X, y: infonce_loss(m, X, y, temperature=0), ValueError, "above 0"),
+    "features": (
+        lambda m, X, y: infonce_loss(m, X, y, feature_range=slice(0, 9)),
+        ValueError,
+        r"slice of the 3 features, such as slice\(0, 3\)",
+    ),
+    "no_features": (
+        lambda m, X, y: infonce_loss(m, X, y, feature_range=slice(2, 2)),
+        ValueError,
+        "feature_range",
+    ),
+    "hybrid_features": (
+        lambda m, X, y: infonce_loss(GOLDEN / "hybrid.pt", X, y, feature_range=slice(0, 2)),
+        ValueError,
+        "two feature ranges",
+    ),
+    "hybrid_full": (
+        lambda m, X, y: infonce_loss(GOLDEN / "hybrid.pt", X, y, batch_size=None),
+        NotImplementedError,
+        "Invalid index combination",
+    ),
+    "full_discrete": (
+        lambda m, X, y: infonce_loss(
+            GOLDEN / "discrete.pt", X, np.arange(len(X)) % 2, batch_size=None
+        ),
+        NotImplementedError,
+        "Full dataset: True",
+    ),
+    "full_short": (
+        lambda m, X, y: infonce_loss(m, X[:12], y[:12], batch_size=None),
+        ValueError,
+        "at least 17 time steps",
+    ),
+    "prior": (
+        lambda m, X, y: infonce_loss(
+            GOLDEN / "discrete.pt", X, np.arange(len(X)) % 2, prior="other"
+        ),
+        ValueError,
+        "Invalid choice of prior",
     ),
     "full_bits": (
         lambda m, X, y: goodness_of_fit_history(GOLDEN / "full_batch.pt"),
@@ -304,7 +339,6 @@ def test_bad_input(name, position_model, data):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"batch_size": None}, ValueError, "Batch size is None"),
         ({"batch_size": 0}, ValueError, "batch_size has to be at least 1"),
         ({"time_offsets": [1, 2]}, NotImplementedError, "multiple time offsets"),
         ({"time_offsets": 500, "conditional": "time"}, ValueError, "exceed the time offset"),
@@ -316,6 +350,19 @@ def test_bad_settings(settings, error, message, position_model, data):
     changed = Checkpoint(position_model.model, {**position_model.settings, **settings})
     with pytest.raises(error, match=message):
         infonce_loss(changed, *data, **QUICK)
+
+
+def test_a_batch_size_is_needed(position_model, data):
+    settings = {k: v for k, v in position_model.settings.items() if k != "batch_size"}
+    with pytest.raises(ValueError, match="Batch size is None"):
+        infonce_loss(Checkpoint(position_model.model, settings), *data, **QUICK)
+
+
+def test_the_old_name_of_a_conditional_warns(position_model, data):
+    with pytest.warns(DeprecationWarning, match='"delta" distribution will be deprecated'):
+        old = infonce_loss(position_model, *data, conditional="delta", delta=0.1, **QUICK)
+    new = infonce_loss(position_model, *data, conditional="delta_normal", delta=0.1, **QUICK)
+    assert old == new
 
 
 def test_two_discrete_labels_are_refused():

@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = {
 }
 _SOLVERS = ("single-session", "single-session-full", "single-session-hybrid", "multi-session")
 _STATE = ("label_types_", "n_features_", "n_features_in_", "num_sessions_", "solver_name_")
-_DEEPEST = 8  # modules within modules
+_MOST_MODULES = 2000  # in a pickled model, those in it counted
 _HISTORY = ("total", "pos", "neg", "temperature")
 _LOG_INVERSE_TEMPERATURE = "log_inverse_temperature"
 
@@ -195,24 +195,27 @@ def _payload_of(estimator: Record) -> dict[str, Any]:
         "args": {name: attributes[name] for name in SETTINGS if name in attributes},
         "state": {name: attributes[name] for name in _STATE if name in attributes},
         "state_dict": {
-            "model": dict(_named_parameters(model, "")),
-            "criterion": dict(_named_parameters(criterion, "")),
+            "model": dict(_named_parameters(model)),
+            "criterion": dict(_named_parameters(criterion)),
             "log": solver.attributes.get("log", {}),
             "loss": solver.attributes.get("history", []),
         },
     }
 
 
-def _named_parameters(module: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _named_parameters(root: Any) -> Iterator[tuple[str, Any]]:
     """Parameters of a pickled torch module and of those in it, by torch's names."""
-    if not isinstance(module, Record) or depth > _DEEPEST:
-        raise CheckpointError("its modules are not laid out as torch's are.")
-    for name, value in module.attributes.get("_parameters", {}).items():
-        if value is not None:
-            yield f"{prefix}{name}", value
-    for name, inner in module.attributes.get("_modules", {}).items():
-        if inner is not None:
-            yield from _named_parameters(inner, f"{prefix}{name}.", depth + 1)
+    left, visited = [("", root)], 0
+    while left:
+        prefix, module = left.pop()
+        visited += 1
+        if not isinstance(module, Record) or visited > _MOST_MODULES:
+            raise CheckpointError("its modules are not laid out as torch's are.")
+        for name, value in module.attributes.get("_parameters", {}).items():
+            if value is not None:
+                yield f"{prefix}{name}", value
+        inner = [(f"{prefix}{n}.", m) for n, m in module.attributes.get("_modules", {}).items()]
+        left += reversed([(name, m) for name, m in inner if m is not None])
 
 
 def _from_payload(payload: Any) -> Checkpoint:

@@ -328,12 +328,16 @@ def _estimated(
             f"num_steps cannot be less than or equal to zero or None. Got {num_batches}; "
             "num_batches has to be at least 1."
         )
+    if "batch_size" not in checkpoint.settings:
+        raise ValueError(
+            "Batch size is None, please provide a model with a batch size, or pass batch_size=."
+        )
     estimate = estimate_infonce(
         jax.random.key(0) if key is None else key,
         checkpoint,
         X,
         sampler,
-        batch_size=checkpoint.settings.get("batch_size"),
+        batch_size=checkpoint.settings["batch_size"],
         num_batches=num_batches,
         **options,
     )
@@ -491,7 +495,7 @@ def sampler_for(
         raise ValueError(
             f"Only 1D discrete indices are allowed, but got {len(discrete)} discrete indices"
         )
-    is_full, is_hybrid = settings.get("batch_size") is None, bool(settings.get("hybrid"))
+    is_full, is_hybrid = settings.get("batch_size", 1) is None, bool(settings.get("hybrid"))
     if (is_hybrid and (is_full or not continuous)) or (discrete and (is_full or is_hybrid)):
         raise _no_such_batches(settings, labels)
     time_offset = _time_offset(settings.get("time_offsets", 1))
@@ -520,14 +524,14 @@ def _by_conditional(
         raise ValueError(
             f"Unknown conditional {conditional!r}: expected 'time', 'time_delta' or 'delta_normal'."
         )
+    if settings.get("delta") is None:
+        raise ValueError(f"The conditional {conditional!r} needs the setting delta.")
     if conditional == "delta":
         warnings.warn(
             '"delta" distribution will be deprecated by CEBRA: it calls it "delta_normal" now.',
             DeprecationWarning,
             stacklevel=2,
         )
-    if settings.get("delta") is None:
-        raise ValueError(f"The conditional {conditional!r} needs the setting delta.")
     return DeltaNormal(values, settings["delta"])
 
 

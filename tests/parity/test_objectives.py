@@ -1,17 +1,16 @@
 """Hybrid, full-batch and joint losses: CEBRA's models and loaders, called directly."""
 
 import cebra
-import cebra.data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cebra.data.datatypes import BatchIndex
 from cebra.integrations.sklearn.dataset import SklearnDataset
 
 import cebra_jax_metrics as cjm
 
+from ..golden import make_objectives as golden
 from . import peer
 
 KEY = jax.random.key(0)
@@ -34,32 +33,7 @@ def configured(model, X, *labels):
     return dataset
 
 
-def tensors(*arrays):
-    return [torch.from_numpy(np.array(array)).long() for array in arrays]
-
-
-def numbers(losses):
-    return [part.item() for part in losses]
-
-
-def assert_close_in_distribution(ours, theirs):
-    """Loss, align and uniform of many batches: means within 4 standard errors."""
-    theirs = np.asarray(theirs)
-    ours = np.stack([np.asarray(x) for x in ours], axis=1)
-    combined = np.hypot(*(x.std(0, ddof=1) / len(x) ** 0.5 for x in (ours, theirs)))
-    assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4 * combined + 1e-5).all()
-
-
 # Hybrid -------------------------------------------------------------------------------------
-
-
-def their_hybrid(estimator, dataset, index):
-    """CEBRA's two losses on a batch of indices."""
-    solver = estimator.solver_
-    solver.model.eval()
-    with torch.no_grad():
-        predictions = solver._inference(dataset.load_batch(index))
-        return [numbers(solver.criterion(p.reference, p.positive, p.negative)) for p in predictions]
 
 
 HYBRID = {
@@ -81,20 +55,13 @@ def test_hybrid_on_the_same_indices(name):
     checkpoint = cjm.from_cebra(estimator)
     sampler = cjm.samplers.Hybrid(cjm.samplers.TimeDelta(RECORDING.position, 4), 4)
     batch = cjm.draw(KEY, sampler, 64, 3)
-    dataset = configured(estimator.model_, RECORDING.X, RECORDING.position)
     total = cjm.evaluate(checkpoint, RECORDING.X, batch)
     behavior = cjm.evaluate(
         checkpoint, RECORDING.X, batch.objectives["behavior"], feature_range=slice(0, 3)
     )
     time = cjm.evaluate(checkpoint, RECORDING.X, batch.objectives["time"])
     for i in range(3):
-        reference, positive, negative = tensors(
-            batch.reference[i],
-            np.concatenate([batch.positive[i], batch.time_positive[i]]),
-            batch.negative[i],
-        )
-        index = BatchIndex(reference=reference, positive=positive, negative=negative)
-        expected = np.array(their_hybrid(estimator, dataset, index))
+        expected = np.array(golden.hybrid(estimator, RECORDING.X, *(x[i] for x in batch)))
         found = np.array([[x[i] for x in behavior], [x[i] for x in time]])
         np.testing.assert_allclose(found, expected, rtol=5e-6, atol=5e-6)
         np.testing.assert_allclose([x[i] for x in total], expected.sum(0), rtol=5e-6, atol=1e-5)
@@ -115,9 +82,13 @@ def test_hybrid_scores(name):
     peer.seed(1)
     dataset = configured(estimator.model_, RECORDING.X, RECORDING.position)
     loader, _ = estimator._prepare_loader(dataset, NUM_BATCHES, is_multisession=False)
-    theirs = np.array(
-        [their_hybrid(estimator, dataset, loader.get_indices(64)) for _ in range(400)]
-    )
+    theirs = []
+    for _ in range(NUM_BATCHES):
+        index = loader.get_indices(64)
+        positives = index.positive.split(64)
+        steps = index.reference, *positives, index.negative
+        theirs.append(golden.hybrid(estimator, RECORDING.X, *steps))
+    theirs = np.array(theirs)
     for number, part in enumerate(("behavior", "time")):
         estimate = ours.parts[part]
         stderr = theirs[:, number, 0].std(ddof=1) / NUM_BATCHES**0.5
@@ -153,16 +124,6 @@ FULL = {
 }
 
 
-def their_full(estimator, index):
-    """CEBRA's loss on the recording that the estimator was fitted to."""
-    solver = estimator.solver_
-    solver.model.eval()
-    with torch.no_grad():
-        prediction = solver._inference(index)
-        losses = solver.criterion(prediction.reference, prediction.positive, prediction.negative)
-    return numbers(losses)
-
-
 def full_batch_sampler(checkpoint, num_steps, labels):
     from cebra_jax_metrics.metrics import sampler_for
 
@@ -184,10 +145,9 @@ def test_full_batch_on_the_same_indices(name):
     np.testing.assert_allclose(estimate.per_batch, ours.loss, rtol=5e-6)
     rng = np.random.default_rng(0)
     for i in range(3):
-        index = BatchIndex(
-            *tensors(batch.reference[i], batch.positive[i], rng.permutation(batch.negative[i]))
-        )
-        expected = their_full(estimator, index)
+        permuted = rng.permutation(batch.negative[i])
+        steps = batch.reference[i], batch.positive[i], permuted
+        expected = golden.full_batch(estimator, RECORDING.X, *steps)
         np.testing.assert_allclose([x[i] for x in ours], expected, rtol=5e-6, atol=5e-6)
     loader, _ = estimator._prepare_loader(
         configured(estimator.model_, RECORDING.X, *labels), 1, is_multisession=False
@@ -211,8 +171,9 @@ def test_full_batch_scores(name):
     theirs = []
     for _ in range(200):
         index = loader.get_indices()
-        index.positive[:] = index.positive.clamp(min=left)  # they would wrap round
-        theirs.append(their_full(estimator, index)[0])
+        positive = index.positive.clamp(min=left)  # they would wrap round
+        steps = index.reference, positive, index.negative
+        theirs.append(golden.full_batch(estimator, RECORDING.X, *steps)[0])
     stderr = np.hypot(ours.stderr, np.std(theirs, ddof=1) / 200**0.5)
     assert abs(ours.loss - np.mean(theirs)) < 4 * stderr
     num_negatives = len(index.reference)
@@ -241,15 +202,6 @@ def fit_sessions(number, label, **settings):
     return estimator, [s.X for s in sessions], labels
 
 
-def their_joint(estimator, batches):
-    solver = estimator.solver_
-    solver.model.eval()
-    with torch.no_grad():
-        prediction = solver._inference(batches)
-        losses = solver.criterion(prediction.reference, prediction.positive, prediction.negative)
-    return numbers(losses)
-
-
 SAMPLERS = {
     "position": lambda labels: cjm.samplers.Multisession(labels, 3),
     "direction": cjm.samplers.DiscreteMultisession,
@@ -263,22 +215,8 @@ def test_joint_loss_on_the_same_indices(number, label):
     checkpoint = cjm.from_cebra(estimator)
     batch = cjm.draw(KEY, SAMPLERS[label](labels), 64, 2)
     ours = cjm.evaluate(checkpoint, Xs, batch)
-    datasets = [
-        configured(model, X, y) for model, X, y in zip(estimator.model_, Xs, labels, strict=True)
-    ]
-    collection = cebra.data.DatasetCollection(*datasets)
     for i in range(2):
-        reference, positive, negative = tensors(
-            batch.reference[i], batch.positive[i], batch.negative[i]
-        )
-        index = BatchIndex(
-            reference=reference,
-            positive=positive,
-            negative=negative,
-            index=None,
-            index_reversed=np.array(batch.order[i]),
-        )
-        expected = their_joint(estimator, collection.load_batch(index))
+        expected = golden.joint(estimator, Xs, *(x[i] for x in batch))
         np.testing.assert_allclose([x[i] for x in ours], expected, rtol=5e-6, atol=5e-6)
 
 
@@ -291,13 +229,12 @@ def test_joint_scores(number, label):
     peer.seed(1)
     dataset, _ = estimator._prepare_data(Xs, (labels,))
     loader, _ = estimator._prepare_loader(dataset, NUM_BATCHES, is_multisession=True)
-    dataset.configure_for(estimator.model_)
-    theirs = np.array(
-        [
-            their_joint(estimator, dataset.load_batch(loader.get_indices(64)))
-            for _ in range(NUM_BATCHES)
-        ]
-    )
+    theirs = []
+    for _ in range(NUM_BATCHES):
+        index = loader.get_indices(64)
+        steps = index.reference, index.positive, index.negative
+        theirs.append(golden.joint(estimator, Xs, *steps, index.index_reversed))
+    theirs = np.array(theirs)
     stderr = np.hypot(ours.stderr, theirs[:, 0].std(ddof=1) / NUM_BATCHES**0.5)
     assert abs(ours.loss - theirs[:, 0].mean()) < 4 * stderr
     spread = np.log(ours.per_batch.std(ddof=1) / theirs[:, 0].std(ddof=1))
