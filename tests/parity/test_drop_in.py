@@ -118,9 +118,9 @@ def test_program(models):
             np.testing.assert_allclose(found, expected, rtol=0, atol=DRAWN[name], err_msg=name)
         elif isinstance(expected, np.ndarray) and expected.dtype.kind == "f":
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=name)
-        elif isinstance(expected, list) and len(expected) and hasattr(expected[0], "shape"):
+        elif isinstance(expected, list) and np.ndim(expected[0]):  # rows of arrays, or of lists
             for a, b in zip(found, expected, strict=True):
-                np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+                np.testing.assert_allclose(a, np.array(b), atol=1e-5, err_msg=name)
         elif isinstance(expected, float | dict):
             assert found == pytest.approx(expected, abs=1e-6), name
         elif isinstance(expected, np.ndarray):
