@@ -291,6 +291,8 @@ def _plain(value: Any, depth: int = 3) -> Any:
     """A setting as JSON can hold it; of what it cannot hold, or is too large, the kind."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, np.ndarray) and value.size <= 32:
+        value = value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple | dict) and depth and len(value) <= 32:

@@ -563,6 +563,10 @@ def _time_offset(time_offsets: Any) -> int:
                 f"Support for multiple time offsets is not yet implemented, but got {time_offsets}."
             )
         (time_offsets,) = time_offsets
+        if not isinstance(time_offsets, int):
+            raise TypeError(
+                f"Invalid type for time_offsets: {type(time_offsets)}, expected an integer."
+            )
     return as_integer("time_offsets", time_offsets, at_least=0)
 
 

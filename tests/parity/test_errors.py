@@ -35,6 +35,12 @@ def several_offsets():
     return estimator
 
 
+def changed(*labels, **settings):
+    """An estimator with settings that it was not fitted with."""
+    estimator = peer.fit(X, *labels)
+    return estimator.set_params(**settings)
+
+
 def large_offset():
     estimator = peer.fit(X)
     estimator.time_offsets = 500
@@ -52,6 +58,13 @@ MODELS = {
     "two discrete": two_discrete,
     "several offsets": several_offsets,
     "large offset": large_offset,
+    "offset of no integer": lambda: changed(time_offsets=[1.5]),
+    "hybrid without labels": lambda: changed(hybrid=True),
+    "hybrid of integers": lambda: changed(D, hybrid=True),
+    "hybrid of both": lambda: changed(D, P, hybrid=True),
+    "hybrid full batch": lambda: changed(P, hybrid=True, batch_size=None),
+    "full batch of integers": lambda: changed(D, batch_size=None),
+    "full batch of both": lambda: changed(D, P, batch_size=None),
     "sessions": lambda: peer.fit(BOTH_X, BOTH_P),
     "full batch": lambda: peer.fit(X, P, batch_size=None),
 }
@@ -109,6 +122,13 @@ SCORES = {
     "two discrete labels": ("two discrete", (X, D, D), {}),
     "several time offsets": ("several offsets", (X,), {}),
     "time offset beyond the recording": ("large offset", (X,), {}),
+    "time offset of no integer": ("offset of no integer", (X,), {}),
+    "hybrid without labels": ("hybrid without labels", (X,), {}),
+    "hybrid of integers": ("hybrid of integers", (X, D), {}),
+    "hybrid of both": ("hybrid of both", (X, D, P), {}),
+    "hybrid full batch": ("hybrid full batch", (X, P), {}),
+    "full batch of integers": ("full batch of integers", (X, D), {}),
+    "full batch of both": ("full batch of both", (X, D, P), {}),
 }
 TRANSFORMS = {
     "unfitted": ("unfitted", (X,), {}),
@@ -125,6 +145,13 @@ TRANSFORMS = {
     "1-D X": ("plane", (X[:, 0],), {}),
     "3-D X": ("plane", (X[:, :, None],), {}),
     "complex X": ("plane", (X.astype(complex),), {}),
+}
+# What goes wrong with several sessions: CEBRA says so when it is fitted to them.
+SESSIONS = {
+    "no labels": (BOTH_X,),
+    "two sets of labels": (BOTH_X, BOTH_P, BOTH_P),
+    "labels of one session": (BOTH_X, BOTH_P[:1]),
+    "labels of another length": (BOTH_X, [FIRST.position, SECOND.position[1:]]),
 }
 CONVERSIONS = {
     "model and batch size": lambda side: side.to_bits(1.0, fitted("plane"), batch_size=32),
@@ -178,6 +205,14 @@ def test_score(mistake, score):
 def test_transform(mistake):
     model, args, settings = TRANSFORMS[mistake]
     assert_same_error(lambda side: side.transform(fitted(model), *args, **settings))
+
+
+@pytest.mark.parametrize("mistake", SESSIONS)
+def test_sessions(mistake):
+    fit = cebra.CEBRA(**peer.SETTINGS).fit
+    joint = functools.partial(cjm.multisession_infonce_loss, fitted("sessions"))
+    sides = {id(THEIRS): fit, id(OURS): joint}
+    assert_same_error(lambda side: sides[id(side)](*SESSIONS[mistake]))
 
 
 @pytest.mark.parametrize("mistake", CONVERSIONS)
