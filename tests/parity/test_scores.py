@@ -20,6 +20,7 @@ NUM_BATCHES = 500
 TRAINED = {"max_iterations": 60, "learning_rate": 3e-3, "batch_size": 128}
 RECORDING = peer.simulate(1, num_steps=600, num_neurons=6)
 SECOND = peer.simulate(2, num_steps=500, num_neurons=4)
+FURTHER = [peer.simulate(n, num_steps=400 + n, num_neurons=n) for n in (9, 8)]
 
 
 @dataclass
@@ -100,15 +101,16 @@ def test_one_session(name):
 
 
 @pytest.mark.usefixtures("exact_index")
+@pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("label", ["position", "direction"])
-def test_several_sessions(label):
-    sessions = RECORDING, SECOND
+def test_several_sessions(label, number):
+    sessions = [RECORDING, SECOND, *FURTHER][:number]
     estimator = peer.fit(
         [session.X for session in sessions],
         [getattr(session, label) for session in sessions],
         **TRAINED,
     )
-    for i, session in enumerate(sessions):
+    for i, session in list(enumerate(sessions))[-2:]:
         peer.seed(i)
         y = getattr(session, label)
         batches, _ = their_batches(
