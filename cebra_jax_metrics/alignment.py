@@ -165,6 +165,7 @@ def _bins_of_range(values: Sequence[np.ndarray], n_bins: int) -> Bins:
     The labels at the upper limit have a bin of their own, which becomes no row: only an empty bin
     near it takes its steps.
     """
+    values = [v.astype(np.float32) if v.dtype.itemsize < 4 else v for v in values]
     low, high = min(v.min() for v in values), max(v.max() for v in values)
     edges = np.linspace(low, high, n_bins)
     places = [np.digitize(value, edges) for value in values]

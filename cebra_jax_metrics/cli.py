@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from cebra_jax_metrics.checkpoints import load, save
 from cebra_jax_metrics.demo import describe_demo
-from cebra_jax_metrics.infonce import chance_level
 from cebra_jax_metrics.metrics import (
     NULL_QUANTILES,
     Consistency,
@@ -170,25 +169,44 @@ def _score(arguments: argparse.Namespace) -> str:
         "infonce_stderr_nats": float(estimate.stderr),
         "align_nats": float(estimate.align),
         "uniform_nats": float(estimate.uniform),
-        "chance_nats": float(chance_level(estimate.num_negatives)),
+        "chance_nats": float(estimate.chance),
         "num_negatives": int(estimate.num_negatives),
         "num_batches": arguments.num_batches,
         "num_steps": len(X[rows]),
         "session": arguments.session,
         "seed": arguments.seed,
     }
+    parts = {
+        name: {
+            "goodness_of_fit_bits": float(part.bits),
+            "goodness_of_fit_stderr_bits": float(part.bits_stderr),
+        }
+        for name, part in estimate.parts.items()
+    }
     if arguments.json:
-        is_nan = {k for k, v in result.items() if isinstance(v, float) and math.isnan(v)}
-        return json.dumps({k: None if k in is_nan else v for k, v in result.items()})
-    return (
+        return json.dumps(_without_nan(result | ({"parts": parts} if parts else {})))
+    text = (
         "goodness of fit  {goodness_of_fit_bits:.4f} ± {goodness_of_fit_stderr_bits:.4f} bits\n"
         "InfoNCE          {infonce_nats:.4f} ± {infonce_stderr_nats:.4f} nats "
         "(align {align_nats:.4f}, uniform {uniform_nats:.4f}, chance {chance_nats:.4f})\n"
         "from             {num_batches} batches of {num_negatives} on {num_steps} time steps"
     ).format(**result)
+    line = "\n{:17}{goodness_of_fit_bits:.4f} ± {goodness_of_fit_stderr_bits:.4f} bits"
+    return text + "".join(line.format(name, **part) for name, part in parts.items())
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN as ``None``, since JSON has none."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _consistency(arguments: argparse.Namespace) -> str:
+    if arguments.plot and not Path(arguments.plot).parent.is_dir():
+        raise ValueError(f"There is no folder {str(Path(arguments.plot).parent)!r} for the plot.")
     embeddings = [_read_npy(path) for path in arguments.embeddings]
     labels = arguments.labels and [_read_npy(path) for path in arguments.labels]
     is_runs = arguments.between == "runs"
@@ -202,7 +220,7 @@ def _consistency(arguments: argparse.Namespace) -> str:
     if arguments.plot:
         _draw(result, arguments)
     if arguments.json:
-        return json.dumps(_consistency_record(result, test, arguments))
+        return json.dumps(_without_nan(_consistency_record(result, test, arguments)))
     return _consistency_table(result, test, arguments.cv)
 
 
@@ -261,7 +279,11 @@ def _draw(result: Consistency, arguments: argparse.Namespace) -> None:
 def _file_names(paths: Sequence[str]) -> list[str]:
     """Names of files without folder and ending, if that tells them apart."""
     names = [Path(path).stem for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
+    if len(set(names)) < len(names):
+        names = list(paths)
+    if len(set(names)) < len(names):
+        names = [f"{name} ({number})" for number, name in enumerate(names)]
+    return names
 
 
 def _read_npy(path: str) -> np.ndarray:

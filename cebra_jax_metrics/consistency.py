@@ -55,10 +55,13 @@ def consistency_matrix(
         predicted exactly. With ``cv``, R² is that of the predictions of all rows together, about
         the mean of all rows; it is negative where predictions are worse than that mean.
 
+    Moments in float32 tell singular values apart down to about 1e-3 of the largest; smaller ones
+    are dropped. In float64 the limit is scikit-learn's, 1e-6; with ``cv``, it is that of all rows.
+
     Raises:
-        ValueError: The embeddings differ in length, are not two-dimensional, or have fewer rows
-            than folds.
-        TypeError: ``cv`` is no integer.
+        ValueError: The embeddings differ in length, are not two-dimensional, have fewer than two
+            rows, no column, or fewer rows than folds.
+        TypeError: ``cv`` or ``block_size`` is no integer.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.consistency_score``; scikit-learn
     ``LinearRegression``, ``r2_score``, ``KFold`` and ``cross_val_predict``.
@@ -66,17 +69,23 @@ def consistency_matrix(
     shapes = [jnp.shape(x) for x in embeddings]
     if len({shape[:1] for shape in shapes}) != 1 or any(len(shape) != 2 for shape in shapes):
         raise ValueError(f"Expected arrays (rows, features) of equal length, got {shapes}.")
-    rows = _Rows(embeddings, block_size)
+    if min(shapes)[0] < 2 or min(shape[1] for shape in shapes) < 1:
+        raise ValueError(f"Expected at least two rows and one feature, got shapes {shapes}.")
+    rows = _Rows(embeddings, as_integer("block_size", block_size, at_least=1))
     moments = rows.moments()
     bases, is_ill = _bases(rows, moments)
     total = jnp.einsum("jqjq->jq", moments)
     if cv is None:
         explained = _explained(moments, lax.stop_gradient(bases))
     else:
-        # Where there are fewer rows than columns, the fit depends on the coordinates: they are
-        # only changed where digits would be lost.
-        columns = jnp.where(is_ill, bases, jnp.eye(bases.shape[1], dtype=bases.dtype))
-        explained = total[None] - _held_out_error(rows, columns, _folds(rows.number, cv))
+        folds = _folds(rows.number, cv)
+        # With fewer rows to fit than columns the fit depends on the coordinates: they are only
+        # changed where it does not, and where digits would be lost.
+        fitted_rows = rows.number - np.max(folds[:, 1] - folds[:, 0])
+        changes = is_ill & jnp.asarray(np.array([shape[1] for shape in shapes]) < fitted_rows)
+        identity = jnp.eye(bases.shape[1], dtype=bases.dtype)
+        columns = jnp.where(changes[:, None, None], bases, identity[None])
+        explained = total[None] - _held_out_error(rows, columns, folds)
     return jnp.einsum("ijq,jq->ij", _share(explained, total[None]), rows.weights, precision=HIGHEST)
 
 
@@ -137,7 +146,7 @@ def against_null(observed: ArrayLike, null: ArrayLike, quantiles: ArrayLike) -> 
     # Scores that are equal but for rounding count as equal, which is the cautious side.
     slack = float(jnp.finfo(null.dtype).eps) ** 0.6  # 4e-10 in float64, 7e-5 in float32
     mean = jnp.mean(null, axis=0)
-    reached = jnp.sum(null >= observed[None] - slack, axis=0)
+    reached = jnp.sum(~(null < observed[None] - slack), axis=0)  # NaN counts as reached
     return NullTest(
         observed=observed,
         null_mean=mean,
@@ -160,7 +169,8 @@ def shift_test(
 
     Returns:
         The test of every ordered pair ``(M (M - 1),)``, and that of their mean. For the mean,
-        embedding m is shifted by m times the shift, so that the shifts of all form a group.
+        embedding m is shifted by m times the shift, so that the shifts of all form a group; a few
+        of them leave two embeddings as they are to each other.
     """
     spectra = _Spectra.of(embeddings)
     number = spectra.number
@@ -258,12 +268,17 @@ class _Rows:
     """All embeddings side by side, padded with zero columns to one width, centred, in blocks."""
 
     def __init__(self, embeddings: Sequence[Array], block_size: int) -> None:
+        dtype = jnp.result_type(*embeddings)
+        is_wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
+        self.dtype = dtype if is_wide else jnp.dtype(jnp.float32)
+        embeddings = [x.astype(self.dtype) for x in embeddings]
         self.embeddings = embeddings
         self.number = len(embeddings[0])
         self.block_size = min(block_size, self.number)
-        self.dtype = jnp.result_type(*embeddings)
         # From the first row on, so that the mean of a constant column is that constant.
         self.means = [x[:1] + jnp.mean(x - x[:1], axis=0, keepdims=True) for x in embeddings]
+        # R² does not depend on the scale, but moments of very large or small numbers overflow.
+        self.scales = [_power_of_two(jnp.max(jnp.abs(x))) for x in embeddings]
         widths = np.array([x.shape[1] for x in embeddings])
         self.shape = len(widths), int(widths.max())
         is_real = np.arange(self.shape[1]) < widths[:, None]
@@ -274,8 +289,8 @@ class _Rows:
         first = jnp.minimum(start, self.number - self.block_size)
         steps = first + jnp.arange(self.block_size)
         parts = []
-        for x, mean in zip(self.embeddings, self.means, strict=True):
-            part = lax.dynamic_slice_in_dim(x, first, self.block_size) - mean
+        for x, mean, scale in zip(self.embeddings, self.means, self.scales, strict=True):
+            part = (lax.dynamic_slice_in_dim(x, first, self.block_size) - mean) / scale
             parts.append(jnp.pad(part, ((0, 0), (0, self.shape[1] - part.shape[1]))))
         is_asked = (steps >= start) & (steps < stop)
         return jnp.stack(parts, axis=1), is_asked.astype(self.dtype)[:, None, None]
@@ -297,6 +312,12 @@ class _Rows:
         return self.sum(lambda x, is_asked: _cross(x * is_asked, x))
 
 
+def _power_of_two(x: Array) -> Array:
+    """About as large as x; dividing by it rounds nothing."""
+    exponent = jnp.floor(jnp.log2(jnp.where(x > 0, x, jnp.ones_like(x))))
+    return lax.stop_gradient(jnp.exp2(exponent))
+
+
 def _cross(a: Array, b: Array) -> Array:
     """Products of all with all, summed over rows ``(embeddings, columns, embeddings, columns)``."""
     return jnp.einsum("nip,njq->ipjq", a, b, precision=HIGHEST)
@@ -312,13 +333,13 @@ def _project(columns: Array) -> Callable[[Array], Array]:
 
 
 def _whitening(moments: Array) -> tuple[Array, Array]:
-    """Per embedding, the map from its columns to an orthonormal basis, and the worst condition.
+    """Per embedding, the map from its columns to an orthonormal basis, and the condition.
 
     Args:
         moments: ``(embeddings, features, features)``.
 
     Returns:
-        ``(embeddings, features, rank)``, columns beyond the rank 0, and a scalar.
+        ``(embeddings, features, rank)``, columns beyond the rank 0, and ``(embeddings,)``.
     """
     values, vectors = jnp.linalg.eigh(moments)
     eps = jnp.finfo(moments.dtype).eps
@@ -328,11 +349,11 @@ def _whitening(moments: Array) -> tuple[Array, Array]:
     smallest = jnp.min(jnp.where(kept, values, largest), axis=1)
     ratio = jnp.where(largest[:, 0] > 0, largest[:, 0] / smallest, jnp.ones((), values.dtype))
     scale = jnp.where(kept, lax.rsqrt(jnp.where(kept, values, jnp.ones_like(values))), 0)
-    return vectors * scale[:, None, :], jnp.sqrt(jnp.max(ratio))
+    return vectors * scale[:, None, :], jnp.sqrt(ratio)
 
 
 def _bases(rows: _Rows, moments: Array) -> tuple[Array, Array]:
-    """The maps to orthonormal bases, and whether the moments alone would have lost digits."""
+    """The maps to orthonormal bases, and of which embeddings moments alone would lose digits."""
     bases, condition = _whitening(jnp.einsum("ipiq->ipq", moments))
     is_ill = condition**2 * jnp.finfo(moments.dtype).eps > LOSS_TOLERANCE
 
@@ -341,7 +362,7 @@ def _bases(rows: _Rows, moments: Array) -> tuple[Array, Array]:
         correction, _ = _whitening(rows.sum(lambda x, is_asked: _own(project(x * is_asked))))
         return jnp.einsum("ipk,ikl->ipl", bases, correction, precision=HIGHEST)
 
-    return lax.cond(is_ill, again, lambda: bases), is_ill
+    return lax.cond(jnp.any(is_ill), again, lambda: bases), is_ill
 
 
 @jax.custom_jvp
@@ -369,8 +390,9 @@ def _explained_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) 
 
 def _share(explained: Array, total: Array) -> Array:
     """Explained of total, 1 where there is nothing to explain."""
-    share = explained / jnp.where(total > 0, total, jnp.ones_like(total))
-    return jnp.where(total > 0, share, jnp.ones_like(share))
+    is_constant = total == 0
+    share = explained / jnp.where(is_constant, jnp.ones_like(total), total)
+    return jnp.where(is_constant, jnp.ones_like(share), share)
 
 
 def _folds(number: int, cv: int) -> np.ndarray:
@@ -451,13 +473,13 @@ class _Spectra(NamedTuple):
         moments = rows.moments()
         bases, _ = _bases(rows, moments)
         total = jnp.einsum("jqjq->jq", moments)
-        norm = jnp.sqrt(jnp.where(total > 0, total, jnp.ones_like(total)))
+        norm = jnp.sqrt(jnp.where(total == 0, jnp.ones_like(total), total))
         whole, _ = _Rows(embeddings, rows.number).block(0, rows.number)
         return cls(
             bases=jnp.fft.rfft(_project(bases)(whole), axis=0).transpose(1, 2, 0),
             targets=jnp.fft.rfft(whole / norm[None], axis=0).transpose(1, 2, 0),
             weights=rows.weights,
-            constant=jnp.sum(jnp.where(total > 0, 0, rows.weights), axis=1),
+            constant=jnp.sum(jnp.where(total == 0, rows.weights, 0), axis=1),
             number=rows.number,
         )
 

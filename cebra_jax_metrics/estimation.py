@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_integer, as_key
+from cebra_jax_metrics.arrays import as_integer, as_key, is_traced
 from cebra_jax_metrics.encoders import Encoder
 from cebra_jax_metrics.infonce import InfoNCE, chance_level
 from cebra_jax_metrics.model import (
@@ -210,18 +211,27 @@ def _subspaces(
     windows: tuple[Array, ...], feature_range: FeatureRange, renormalize: bool, is_hybrid: bool
 ) -> dict[str, tuple[Array, ...]]:
     """The embeddings that each objective scores, by its name."""
+    if feature_range is None and not is_hybrid and not renormalize:
+        return {"": windows}
     if feature_range is None:
-        if not is_hybrid:
-            return {"": windows}
-        feature_range = [slice(0, BEHAVIOR_FEATURES), slice(None)]
-    ranges = [feature_range] if isinstance(feature_range, slice) else list(feature_range)
+        feature_range = [slice(0, BEHAVIOR_FEATURES), slice(None)] if is_hybrid else slice(None)
+    ranges = [feature_range] if isinstance(feature_range, slice) else feature_range
+    if not isinstance(ranges, list | tuple) or not all(isinstance(r, slice) for r in ranges):
+        raise ValueError(
+            "feature_range has to be a slice of the features, such as slice(0, 3), or a list of "
+            f"slices, got {feature_range!r}."
+        )
     if is_hybrid and len(ranges) != 2:
         raise ValueError(f"Hybrid models have two feature ranges, got {len(ranges)}.")
+    if len(windows) > 1 and len(ranges) != 1:
+        raise ValueError(f"The joint loss of sessions has one feature range, got {len(ranges)}.")
     names = [f"{r.start or 0}:{'' if r.stop is None else r.stop}" for r in ranges]
     if is_hybrid:
         names = ["behavior", "time"]
     if len(names) == 1:
         names = [""]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"feature_range has to be one range or several different ones: {ranges}.")
     return {
         name: tuple(_features(w, features, renormalize) for w in windows)
         for name, features in zip(names, ranges, strict=True)
@@ -315,12 +325,20 @@ def _joint_losses(
 
 
 @jax.jit
-def _full_losses(criterion: Criterion, encoder: Encoder, windows: Array, batch: Batch) -> InfoNCE:
-    """InfoNCE of full batches: only their positives differ, the uniform part is computed once."""
+def _full_uniform(criterion: Criterion, windows: Array, sampler: FullBatch) -> Array:
+    """The uniform part of a full batch, which is the same for all."""
+    reference = windows[: sampler.batch_size]
+    block_size = _block_size(len(reference), len(reference))
+    return criterion(reference, reference, reference, block_size=block_size).uniform
+
+
+@jax.jit
+def _full_losses(
+    criterion: Criterion, encoder: Encoder, windows: Array, uniform: Array, batch: Batch
+) -> InfoNCE:
+    """InfoNCE of full batches: only their positives differ."""
     num_steps = len(windows) + encoder.receptive_field - 1
     reference = windows[encoder.window_of(batch.reference[0], num_steps)]
-    block_size = _block_size(len(reference), len(reference))
-    uniform = criterion(reference, reference, reference, block_size=block_size).uniform
 
     def align(steps: Array) -> Array:
         positive = windows[encoder.window_of(steps, num_steps)]
@@ -328,6 +346,30 @@ def _full_losses(criterion: Criterion, encoder: Encoder, windows: Array, batch: 
 
     each = jax.lax.map(align, batch.positive)
     return InfoNCE(each + uniform, each, jnp.broadcast_to(uniform, each.shape))
+
+
+def _check_lengths(sampler: Any, num_steps: list[int]) -> None:
+    """Refuse samplers of longer recordings, whose steps would silently be clamped."""
+    inner = getattr(sampler, "behavior", getattr(sampler, "conditional", sampler))
+    lengths = getattr(inner, "lengths", (getattr(inner, "length", 0),))
+    if len(lengths) != len(num_steps):
+        raise ValueError(
+            f"The sampler is for {len(lengths)} sessions, there are {len(num_steps)} recordings."
+        )
+    for length, steps in zip(lengths, num_steps, strict=True):
+        if not is_traced(length) and np.ndim(length) == 0 and int(length) > steps:
+            raise ValueError(
+                f"The sampler is for {length} time steps, but the recording has {steps}."
+            )
+
+
+def _check_full(sampler: FullBatch, encoder: Encoder, windows: Array) -> None:
+    num_steps = len(windows) + encoder.receptive_field - 1
+    if (sampler.num_steps, sampler.offset) != (num_steps, encoder.offset):
+        raise ValueError(
+            f"The sampler is for {sampler.num_steps} time steps and the offset {sampler.offset}, "
+            f"the recording has {num_steps} and the encoder {encoder.offset}."
+        )
 
 
 def _block_size(num_references: int, num_negatives: int) -> int | None:
@@ -389,7 +431,14 @@ def estimate_infonce(
     is_joint = isinstance(sampler, Multisession | DiscreteMultisession)
     encoders, windows = _embedded(model, X, session_id, is_joint)
     spaces = _subspaces(windows, feature_range, renormalize, isinstance(sampler, Hybrid))
+    _check_lengths(
+        sampler, [len(w) + e.receptive_field - 1 for e, w in zip(encoders, windows, strict=True)]
+    )
     criterion = as_model(model).criterion
+    uniform = {}
+    if isinstance(sampler, FullBatch):
+        _check_full(sampler, encoders[0], windows[0])
+        uniform = {name: _full_uniform(criterion, w[0], sampler) for name, w in spaces.items()}
     chunks: list[dict[str, InfoNCE]] = []
     for start in progress(range(0, num_batches, chunk_size)):
         # Chunks are all of one size, so that one compilation serves them: the last overshoots.
@@ -397,7 +446,7 @@ def estimate_infonce(
         if isinstance(sampler, FullBatch):
             chunks.append(
                 {
-                    name: _full_losses(criterion, encoders[0], space[0], batch)
+                    name: _full_losses(criterion, encoders[0], space[0], uniform[name], batch)
                     for name, space in spaces.items()
                 }
             )

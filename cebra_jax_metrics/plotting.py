@@ -10,6 +10,7 @@ from cebra_jax_metrics.metrics import Consistency
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+BOUNDS = {"vmin": 0, "vmax": 100}
 DARK, LIGHT = "black", 0.5  # text on cells that are lighter than this
 FONT_SIZE, SMALLEST, MOST_LETTERS = 10.0, 4.0, 50  # in points; of names side by side
 
@@ -62,8 +63,8 @@ def plot_consistency(
     percent = 100 * _square(as_numpy(scores), pairs, datasets)
     if ax is None:
         ax = _new_axes(figsize, dpi)
-    image = ax.imshow(percent, cmap=cmap, **{"vmin": 0, "vmax": 100, **kwargs})
-    names = [str(name) for name in datasets]
+    image = ax.imshow(percent, cmap=cmap, **({} if "norm" in kwargs else BOUNDS) | kwargs)
+    names = [str(name).replace("$", r"\$") for name in datasets]
     cell = 72 * ax.get_window_extent().width / ax.figure.dpi / len(names)  # in points
     size = min(FONT_SIZE, cell / 3)
     if text_color is not None and size >= SMALLEST:

@@ -158,6 +158,20 @@ def test_large_seeds(run, seed):
         assert len(err.splitlines()) == 1
 
 
+def test_hybrid_model(run):
+    """Both objectives alone too; the bits belong to the losses and to chance."""
+    arguments = "score", GOLDEN / "hybrid.pt", RECORDING, *FEW
+    result = json.loads(run(*arguments, "--json")[1])
+    assert result.keys() == KEYS | {"parts"}
+    bits = (result["chance_nats"] - result["infonce_nats"]) / np.log(2)
+    assert result["goodness_of_fit_bits"] == pytest.approx(bits, abs=1e-5)
+    parts = [part["goodness_of_fit_bits"] for part in result["parts"].values()]
+    assert sum(parts) == pytest.approx(bits, abs=1e-5)
+    lines = run(*arguments)[1].splitlines()[-2:]
+    assert [line.split()[0] for line in lines] == ["behavior", "time"]
+    assert [float(line.split()[1]) for line in lines] == pytest.approx(parts, abs=1e-4)
+
+
 def test_one_batch_has_no_standard_error(score):
     result = score(TIME, RECORDING, "--num-batches", 1)
     assert result["goodness_of_fit_stderr_bits"] is None

@@ -120,6 +120,7 @@ MISTAKES = {
     "ids": ((*FILES, "--between", "datasets", *LABELS, "--ids", "a", "b"), "2 dataset_ids"),
     "folds": ((*FILES, "--between", "runs", "--cv", "1"), "cv has to be at least 2"),
     "bins": ((*FILES, "--between", "datasets", *LABELS, "--bins", "0"), "n_bins"),
+    "folder": ((*FILES, "--between", "runs", "--plot", "no/out.png"), "There is no folder 'no'"),
     "picture": ((*FILES, "--between", "runs", "--plot", "out.foo"), "'foo' is not supported"),
 }
 

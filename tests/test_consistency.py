@@ -157,6 +157,46 @@ def test_gradients():
         assert all(bool(jnp.isfinite(x).all()) for x in jax.grad(score)(embeddings))
 
 
+@pytest.mark.parametrize("scale", [1e-160, 1e160])
+def test_the_scale_does_not_matter(scale):
+    expected = matrix(noise(3, 4))
+    np.testing.assert_allclose(matrix([scale * x for x in noise(3, 4)]), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1e-4, 1e-5])
+def test_small_directions_of_float32_are_kept(ratio):
+    """Moments in float32 could not tell them from nothing."""
+    one, two = (x.astype(np.float32) for x in noise(1, 1, rows=1000))
+    source, target = jnp.asarray(np.hstack([one, np.float32(ratio) * two])), jnp.asarray(two)
+    scores = consistency_score([source, target], "runs").scores
+    assert scores.dtype == np.float32
+    assert scores[0] > 0.999
+
+
+@pytest.mark.parametrize("cv", [None, 3])
+def test_what_is_not_finite_stays_nan(cv):
+    first, second = noise(3, 2)
+    second[5, 1] = np.nan
+    found = matrix([first, second], cv=cv)
+    assert np.isnan(found[0, 1])
+    assert found[0, 0] == pytest.approx(1)
+
+
+def test_integers_are_numbers():
+    columns = jnp.arange(12).reshape(6, 2), jnp.arange(6)[:, None]
+    np.testing.assert_allclose(consistency_matrix(columns), 1, atol=1e-5)
+
+
+def test_other_embeddings_do_not_change_a_score():
+    """Not even where there are fewer rows than columns, so that the coordinates matter."""
+    rng = np.random.default_rng(0)
+    pair = [rng.normal(size=(20, 30)) * np.geomspace(1, 1e-2, 30), rng.normal(size=(20, 2))]
+    third = rng.normal(size=(20, 2)) * [1, 1e-4]
+    expected = held_out(pair, 5)
+    np.testing.assert_allclose(matrix(pair, cv=5), expected, rtol=1e-6)
+    np.testing.assert_allclose(matrix([*pair, third], cv=5)[:2, :2], expected, rtol=1e-6)
+
+
 def test_batches_of_pairs():
     first, second = (jnp.asarray(x, jnp.float32) for x in noise(3, 4))
     stacked = jnp.stack([first, first**2]), jnp.stack([second, second + first[:, :1]])
@@ -344,6 +384,26 @@ BAD = {
         lambda: align_embeddings(noise(2), [GAP]),
         ValueError,
         r"close enough to bin index 23 \(labels 0.222222 to 0.232323\) in embedding 0",
+    ),
+    "one_row": (
+        lambda: consistency_score(noise(2, 2, rows=1), "runs"),
+        ValueError,
+        "at least two rows",
+    ),
+    "one_bin": (
+        lambda: consistency_score(noise(2, 2), "datasets", LABELS[:2], None, 2),
+        ValueError,
+        "at least two rows",
+    ),
+    "no_column": (
+        lambda: consistency_score([noise(2)[0], np.zeros((200, 0))], "runs"),
+        ValueError,
+        "one feature",
+    ),
+    "block_size": (
+        lambda: consistency_matrix(noise(2, 2), block_size=0),
+        ValueError,
+        "block_size has to be at least 1",
     ),
     "folds": (lambda: consistency_score(noise(2, 2), "runs", cv=201), ValueError, "cv=201.*200"),
     "one_fold": (lambda: consistency_score(noise(2, 2), "runs", cv=1), ValueError, "at least 2"),

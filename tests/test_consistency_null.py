@@ -14,6 +14,7 @@ from cebra_jax_metrics import (
     consistency_test,
     shifted_consistency,
 )
+from cebra_jax_metrics.consistency import against_null
 
 KEY = jax.random.key(0)
 
@@ -260,6 +261,11 @@ def test_finds_related_datasets():
         test = consistency_test(KEY, embeddings, "datasets", labels, None, 20, num_samples=200)
         found.append(max(test.pairwise.p_value.max(), test.overall.p_value) <= 0.05)
     assert np.mean(found) > 0.9
+
+
+def test_null_scores_that_are_undefined_count_against_the_observed():
+    null = np.array([np.nan] * 90 + [0.1] * 9)
+    assert float(against_null(0.5, null, [0.5]).p_value) == pytest.approx(91 / 100)
 
 
 ROWS = np.random.default_rng(0).normal(size=(30, 2))

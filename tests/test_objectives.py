@@ -101,7 +101,7 @@ def test_hybrid_is_the_sum_of_two(recording):
     np.testing.assert_allclose(bits, (2 * np.log(batch_size) - loss) / np.log(2))
 
 
-def test_full_batch_is_seldom_drawn_twice(recording):
+def test_full_batches(recording):
     """Only positives differ; estimating and evaluating agree, in chunks or not."""
     X, y = recording["X"], recording["position"]
     model = load("full_batch").model
@@ -224,13 +224,18 @@ def test_positives_across_sessions(kind):
 
 def test_changes_come_from_all_sessions():
     """Labels that move on by a step of their own in each session, far apart from each other."""
-    labels = [np.arange(50, dtype=np.float32) * speed for speed in (1, 1, 1)]
-    labels = [labels[0], labels[1] + 1000, labels[2] + 2000]
+    steps = {1: 50, 10: 80, 100: 30}
+    labels = [np.arange(n, dtype=np.float32) * speed for speed, n in steps.items()]
     sampler = samplers.Multisession(labels, 3)
     proposal = sampler.propose(KEY, 64)
     query, order = proposal.query
     here = np.concatenate([y[i] for y, i in zip(labels, proposal.reference, strict=True)])
-    np.testing.assert_allclose(np.asarray(query).reshape(-1)[order], here + 3)
+    change = (np.asarray(query).reshape(-1)[order] - here).reshape(3, 64)
+    assert set(np.unique(change)) == {3, 30, 300}
+    for own in change:  # whatever session the reference is of
+        found = [np.mean(own == 3 * speed) for speed in steps]
+        share = np.array([n - 3 for n in steps.values()]) / (sum(steps.values()) - 9)
+        assert (np.abs(found - share) < 4 * np.sqrt(share * (1 - share) / 64)).all()
     dealt = np.asarray(order) // 64
     counts = np.array(
         [[np.sum(dealt[s * 64 : s * 64 + 64] == t) for t in range(3)] for s in range(3)]
@@ -348,6 +353,71 @@ BAD = {
         TypeError,
         "Time, TimeDelta and DeltaNormal",
     ),
+    "hybrid_long": (
+        lambda: samplers.Hybrid(samplers.TimeDelta(Y0, 1), 120),
+        ValueError,
+        "exceed the time offset, but got 120 <= 120",
+    ),
+    "hybrid_times": (
+        lambda: samplers.Hybrid(samplers.Time(120, 5), 1),
+        ValueError,
+        "have to be the same, got 5 and 1",
+    ),
+    "full_labels": (
+        lambda: samplers.FullBatch(samplers.TimeDelta(Y1), 120, (5, 5)),
+        ValueError,
+        "for 100 time steps",
+    ),
+    "full_offset": (
+        lambda: cjm.estimate_infonce(
+            KEY, load("time"), X0, samplers.FullBatch(samplers.Time(120), 120, (0, 1))
+        ),
+        ValueError,
+        r"offset \(0, 1\)",
+    ),
+    "long_sampler": (
+        lambda: cjm.estimate_infonce(KEY, load("time"), X0, samplers.Time(5000), batch_size=8),
+        ValueError,
+        "5000 time steps, but the recording has 120",
+    ),
+    "few_sessions": (
+        lambda: cjm.estimate_infonce(
+            KEY, load("multisession"), [X0, X1], samplers.Multisession([Y0]), batch_size=8
+        ),
+        ValueError,
+        "1 sessions, there are 2",
+    ),
+    "same_ranges": (
+        lambda: cjm.infonce_loss(load("time"), X0, feature_range=[slice(0, 2)] * 2),
+        ValueError,
+        "several different ones",
+    ),
+    "numbers_for_ranges": (
+        lambda: cjm.infonce_loss(load("time"), X0, feature_range=(0, 2)),
+        ValueError,
+        "list of slices, got .0, 2.",
+    ),
+    "joint_ranges": (
+        lambda: joint([X0, X1], [Y0, Y1], feature_range=[slice(0, 1), slice(0, 2)]),
+        ValueError,
+        "one feature range",
+    ),
+    **{
+        f"unused_{name}": (
+            lambda model=model, labels=labels, settings=settings: cjm.infonce_loss(
+                load(model), X0, *labels, **settings
+            ),
+            ValueError,
+            f"{next(iter(settings))}=.* has no effect",
+        )
+        for name, model, labels, settings in (
+            ("conditional", "time", (), {"conditional": "time_delta"}),
+            ("conditional_2", "discrete", (np.arange(120) % 2,), {"conditional": "time"}),
+            ("offset", "discrete", (np.arange(120) % 2,), {"time_offset": 3}),
+            ("prior", "offset10-model", (Y0,), {"prior": "uniform"}),
+            ("delta", "offset10-model", (Y0,), {"delta": 0.1}),
+        )
+    },
     "full_size": (
         lambda: cjm.draw(KEY, samplers.FullBatch(samplers.Time(50), 50, (0, 1)), 7, 1),
         ValueError,

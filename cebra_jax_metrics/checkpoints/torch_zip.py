@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+LONGEST_TEXT = 2**16
 MAX_EXPANDED = 2**20  # elements of a tensor that repeats its storage by strides of 0
 
 
@@ -224,6 +225,8 @@ class _Machine:
         operations: Iterator[tuple[Any, Any, Any]] = pickletools.genops(pickle)
         for opcode, argument, _ in operations:
             name = opcode.name
+            if name == "BINUNICODE" and len(argument) > LONGEST_TEXT:
+                raise CheckpointError(f"it holds a text of {len(argument)} characters.")
             if name in _PUSH_ARGUMENT:
                 self.stack.append(argument)
             elif name in _PUSH_NEW:

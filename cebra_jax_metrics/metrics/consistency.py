@@ -100,9 +100,9 @@ def consistency_score(
 
     Returns:
         The triple of scores ``(pairs,)``, pairs of ids ``(pairs, 2)``, and ids; ``.matrix`` is
-        the same as a square. NumPy arrays and lists are computed in float64, JAX arrays in their
-        own dtype. Constant columns count as in scikit-learn's ``r2_score``: 1, or 0 where their
-        mean, rounded, is another number.
+        the same as a square. All is computed in float64 (JAX arrays on a TPU in their own dtype);
+        scores of JAX arrays come in their dtype. Constant columns count as in scikit-learn's
+        ``r2_score``: 1, or 0 where their mean, rounded, is another number.
 
     Raises:
         ValueError: Too few embeddings or datasets, shapes that do not fit, labels or ids that are
@@ -120,6 +120,8 @@ def consistency_score(
     ([1.0, 1.0], [[0, 1], [1, 0]], [0, 1])
     """
     arrays, values, ids = _checked(embeddings, between, labels, dataset_ids)
+    cv = None if cv is None else as_integer("cv", cv, at_least=2)
+    out = _own_dtype(arrays)
     with _precision(arrays) as dtype:
         if values is not None:
             arrays = list(align_embeddings(arrays, values, n_bins=num_discretization_bins))
@@ -130,7 +132,7 @@ def consistency_score(
         )
     if cv is None:
         matrix = matrix - np.array([_share_of_rounded_columns(x) for x in arrays], dtype)
-    return Consistency(*_by_pair(matrix, ids))
+    return Consistency(*_by_pair(matrix.astype(out), ids))
 
 
 def consistency_test(
@@ -168,7 +170,8 @@ def consistency_test(
         num_discretization_bins: As in :func:`consistency_score`.
         null: ``"shift"``, or between datasets also ``"permutation"``.
         num_samples: Between datasets, number of draws from the null distribution.
-        min_shift: The smallest shift, either way, that belongs to the null distribution. With 1,
+        min_shift: The smallest shift, either way, that belongs to the null distribution (of the
+            mean over pairs: the smallest between neighbours in the list). With 1,
             all but the unshifted, the test is exact for stationary series. A larger one leaves
             out shifts that resemble the data, and so rejects too often in short recordings (500
             steps of AR(1) series with coefficient 0.95 are short).
@@ -211,7 +214,7 @@ def consistency_test(
             runs = [jnp.asarray(x, dtype) for x in arrays]
             each, overall = shift_test(runs, jnp.asarray(levels, dtype), min_shift=min_shift)
             _, pairs, unique = _by_pair(np.zeros((len(ids), len(ids))), ids)
-            return ConsistencyTest(pairs, unique, _as_numpy(each), _as_numpy(overall))
+            return _test_result(pairs, unique, each, overall, arrays)
 
     with _precision(arrays) as dtype:
         aligned = align_embeddings(arrays, values, n_bins=num_discretization_bins)
@@ -239,11 +242,34 @@ def consistency_test(
         is_target = of_target.p_value >= of_source.p_value
         each = jax.tree.map(partial(jnp.where, is_target), of_target, of_source)
         overall = against_null(scores.mean(), null_scores[2].mean(axis=1), levels)
-        return ConsistencyTest(pairs, unique, _as_numpy(each), _as_numpy(overall))
+        return _test_result(pairs, unique, each, overall, arrays)
 
 
-def _as_numpy(result: NullTest) -> NullTest:
-    return NullTest(*(np.asarray(x) for x in result))  # type: ignore[arg-type]
+def _test_result(
+    pairs: np.ndarray,
+    ids: np.ndarray,
+    each: NullTest,
+    overall: NullTest,
+    arrays: Sequence[Array | np.ndarray],
+) -> ConsistencyTest:
+    if np.isnan(each.null_mean).any():
+        raise ValueError(
+            "Under the null distribution an embedding is averaged to 0 in some bin, so that the "
+            "bin cannot be normalised: use fewer bins."
+        )
+    dtype = _own_dtype(arrays)
+    each, overall = (
+        NullTest(*(np.asarray(x, dtype) for x in test))  # type: ignore[arg-type]
+        for test in (each, overall)
+    )
+    return ConsistencyTest(pairs, ids, each, overall)
+
+
+def _own_dtype(arrays: Sequence[Array | np.ndarray]) -> np.dtype:
+    """The dtype of scores: float64 unless all arrays are JAX's, then their own."""
+    if all(isinstance(array, Array) for array in arrays):
+        return np.dtype(np.result_type(np.float32, *(x.dtype for x in arrays)))
+    return np.dtype(np.float64)
 
 
 def _checked(
@@ -253,6 +279,7 @@ def _checked(
     dataset_ids: Sequence[Hashable] | None,
 ) -> tuple[list[Array | np.ndarray], list[np.ndarray] | None, list[Hashable]]:
     """Embeddings as arrays, their labels between datasets, and their ids."""
+    embeddings = list(embeddings)
     if len(embeddings) <= 1:
         raise ValueError(
             "Invalid number of embeddings for dataset, expect at least 2 embeddings to be able to "
@@ -294,9 +321,12 @@ def _checked_levels(quantiles: Sequence[float]) -> np.ndarray:
 
 @contextlib.contextmanager
 def _precision(arrays: Sequence[Array | np.ndarray]) -> Iterator[np.dtype]:
-    """The dtype to compute in: float64 unless all arrays are JAX's, then their own."""
-    if all(isinstance(array, Array) for array in arrays):
-        yield np.result_type(np.float32, *(x.dtype for x in arrays))
+    """The dtype to compute in: float64, which tells more singular values apart than float32.
+
+    A TPU has no fast float64: there, JAX arrays are computed in their own dtype.
+    """
+    if jax.default_backend() == "tpu" and all(isinstance(array, Array) for array in arrays):
+        yield _own_dtype(arrays)
     else:
         with jax.enable_x64(True):
             yield np.dtype(np.float64)
@@ -336,7 +366,9 @@ def _id_array(ids: Sequence[Hashable]) -> np.ndarray:
     """Ids as a plain array where they are all of one plain kind, else as objects."""
     kinds = {type(name) for name in ids}
     if len(kinds) == 1 and issubclass(kinds.pop(), str | int | float | np.generic):
-        return np.array(ids)
+        plain = np.array(ids)
+        if plain.tolist() == list(ids):  # not so with NaN, or text that ends with NUL
+            return plain
     array = np.empty(len(ids), object)
     for place, name in enumerate(ids):
         array[place] = name

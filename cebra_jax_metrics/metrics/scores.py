@@ -275,6 +275,7 @@ def multisession_infonce_loss(
         sampler = DiscreteMultisession(labels)
     else:
         sampler = Multisession(labels, _time_offset(checkpoint.settings.get("time_offsets", 1)))
+    _check_used(settings, sampler, False)
     return _estimated(checkpoint, recordings, sampler, num_batches, key, **_space(settings))
 
 
@@ -302,10 +303,12 @@ def score(
     X = as_recording(X, encoder, session_id)
     labels = [_label_array(label) for label in y]
     _check_labels(checkpoint.settings, labels, len(X), session_id)
+    sampler = sampler_for(checkpoint.settings, len(X), labels, encoder.offset)
+    _check_used(settings, sampler, bool(labels))
     return _estimated(
         checkpoint,
         X,
-        sampler_for(checkpoint.settings, len(X), labels, encoder.offset),
+        sampler,
         num_batches,
         key,
         session_id=session_id,
@@ -360,14 +363,30 @@ def _changed(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Checkpoint:
     model = checkpoint.model
     if "temperature" in settings:
         temperature = settings["temperature"]
-        if not 0 < temperature < np.inf:
-            raise ValueError(f"temperature has to be a finite number above 0, got {temperature}.")
+        if not isinstance(temperature, int | float | np.number) or not (
+            0 < temperature < float(np.finfo(np.float32).max)
+        ):
+            raise ValueError(f"temperature has to be a finite number above 0, got {temperature!r}.")
         fixed = dataclasses.replace(
             model.criterion, temperature=jnp.float32(temperature), learned=False
         )
         model = dataclasses.replace(model, criterion=fixed)
     other = {RENAMED.get(name, name): value for name, value in settings.items()}
     return dataclasses.replace(checkpoint, model=model, settings={**checkpoint.settings, **other})
+
+
+def _check_used(settings: Mapping[str, Any], sampler: Any, has_labels: bool) -> None:
+    """Refuse settings of a call that change nothing."""
+    inner = getattr(sampler, "behavior", getattr(sampler, "conditional", sampler))
+    by_conditional = has_labels and isinstance(inner, Time | TimeDelta | DeltaNormal)
+    used = {name for part in (sampler, inner) for name in vars(part)}
+    used |= {"conditional"} if by_conditional else set()
+    for name in ("time_offset", "conditional", "delta", "prior"):
+        if name in settings and name not in used:
+            raise ValueError(
+                f"{name}={settings[name]!r} has no effect on {type(sampler).__name__} batches, "
+                "which these labels and settings ask for: leave it out."
+            )
 
 
 def _space(settings: Mapping[str, Any]) -> dict[str, Any]:

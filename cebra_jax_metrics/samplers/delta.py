@@ -36,6 +36,8 @@ def as_time_offset(time_offset: ArrayLike) -> Array:
     """A time offset of at least one step as an int32 leaf."""
     if not is_traced(time_offset):
         time_offset = as_integer("time_offset", time_offset, at_least=1)
+        if time_offset >= 2**31:
+            raise ValueError(f"time_offset has to be less than the recording, got {time_offset}.")
     return as_leaf(time_offset, jnp.int32)
 
 
@@ -111,7 +113,11 @@ class DeltaNormal(SampleInTwoSteps):
 
     def __post_init__(self) -> None:
         labels = as_continuous(self.labels)
-        if not is_traced(self.delta) and (np.ndim(self.delta) or not 0 <= self.delta < np.inf):
+        largest = float(np.finfo(np.float32).max)
+        is_number = isinstance(self.delta, int | float | np.number | np.ndarray | Array)
+        if not is_traced(self.delta) and not (
+            is_number and np.ndim(self.delta) == 0 and 0 <= self.delta < largest
+        ):
             raise ValueError(f"delta has to be a finite number of at least 0, got {self.delta!r}.")
         set_fields(
             self,

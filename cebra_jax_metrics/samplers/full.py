@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from cebra_jax_metrics.arrays import as_integer
+from cebra_jax_metrics.arrays import as_integer, is_traced
 from cebra_jax_metrics.samplers.base import (
     Batch,
     Leaf,
@@ -31,7 +31,7 @@ class FullBatch(SampleInTwoSteps):
 
     Raises:
         TypeError: ``conditional`` is another kind of sampler.
-        ValueError: The recording is too short for one reference.
+        ValueError: The recording is too short for one reference, or not as long as the labels.
 
     Source: CEBRA 0.6.1 ``cebra.data.FullDataLoader``, ``cebra.solver.BatchSingleSessionSolver``.
     """
@@ -44,10 +44,16 @@ class FullBatch(SampleInTwoSteps):
         check_conditional(self.conditional)
         left, right = (as_integer("offset", n, at_least=0) for n in self.offset)
         num_steps = as_integer("num_steps", self.num_steps, at_least=1)
-        if num_steps < left + right + 2 + left:
+        if num_steps < 2 * left + right + 2:
             raise ValueError(
                 f"A full batch needs at least {2 * left + right + 2} time steps with the offset "
                 f"{(left, right)}, got {num_steps}."
+            )
+        length = self.conditional.length
+        if not is_traced(length) and int(length) != num_steps:
+            raise ValueError(
+                f"The sampler of the positives is for {length} time steps, the recording has "
+                f"{num_steps}."
             )
         set_fields(self, num_steps=num_steps, offset=(left, right))
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from cebra_jax_metrics.arrays import is_traced
 from cebra_jax_metrics.samplers.base import (
     Batch,
     Leaf,
@@ -18,6 +19,7 @@ from cebra_jax_metrics.samplers.base import (
     uniform_steps,
 )
 from cebra_jax_metrics.samplers.delta import as_time_offset
+from cebra_jax_metrics.samplers.time import Time
 
 
 class HybridBatch(NamedTuple):
@@ -55,6 +57,7 @@ class Hybrid(SampleInTwoSteps):
 
     Raises:
         TypeError: ``behavior`` is another kind of sampler.
+        ValueError: The recording is not longer than the time offset.
 
     Source: CEBRA 0.6.1 ``cebra.data.HybridDataLoader``.
     """
@@ -64,7 +67,19 @@ class Hybrid(SampleInTwoSteps):
 
     def __post_init__(self) -> None:
         check_conditional(self.behavior)
-        set_fields(self, time_offset=as_time_offset(self.time_offset))
+        other = self.behavior.time_offset if isinstance(self.behavior, Time) else self.time_offset
+        if not is_traced(other, self.time_offset) and int(other) != int(self.time_offset):
+            raise ValueError(
+                "The time offsets of both objectives have to be the same, got "
+                f"{int(other)} and {int(self.time_offset)}."
+            )
+        offset, length = as_time_offset(self.time_offset), self.behavior.length
+        if not is_traced(offset, length) and int(length) <= int(offset):
+            raise ValueError(
+                f"number of samples has to exceed the time offset, but got {int(length)} <= "
+                f"{int(offset)}. Use a longer recording or a smaller time offset."
+            )
+        set_fields(self, time_offset=offset)
 
     @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:

@@ -150,7 +150,8 @@ class DiscreteMultisession(_AcrossSessions):
     the time steps with the reference's label in the session that it was dealt to.
 
     Args:
-        labels: Integers, for each session ``(time,)``; all sessions have the same values.
+        labels: Integers, for each session ``(time,)``; all sessions have the same values (which
+            cannot be checked of traced labels: references without a match give a wrong step).
         lengths: For each session the number of real entries where its labels are padded.
 
     Raises:
