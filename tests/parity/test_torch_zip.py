@@ -275,8 +275,14 @@ def test_files_that_ask_for_a_call_are_refused(function, nested, tmp_path):
 
 @pytest.mark.parametrize(
     "value",
-    [torch.nn.Linear(2, 3), make(3).to(torch.complex64), make(3).to_sparse(), {1, 2}, 1j],
-    ids=["module", "complex tensor", "sparse tensor", "set", "complex number"],
+    [
+        torch.nn.functional.one_hot,
+        make(3).to(torch.complex64),
+        make(3).to_sparse(),
+        frozenset([1, 2]),
+        1j,
+    ],
+    ids=["function", "complex tensor", "sparse tensor", "frozen set", "complex number"],
 )
 def test_what_no_checkpoint_holds_is_refused(value, tmp_path):
     torch.save([value], tmp_path / "x.pt")
