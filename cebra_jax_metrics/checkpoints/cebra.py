@@ -146,8 +146,9 @@ def from_state_dict(
         num_neurons: Features of the recording, one number or one per session. Needed for registered
             architectures only; the parameters of CEBRA's own tell it.
         **settings: Further constructor arguments of ``cebra.CEBRA`` that are not at their defaults,
-            above all ``num_hidden_units``, ``output_dimension``, ``batch_size``, ``distance``,
-            ``temperature`` and ``temperature_mode``.
+            above all ``num_hidden_units``, ``output_dimension``, ``batch_size`` (CEBRA's default,
+            ``None``, is scored on all time steps at once), ``distance``, ``temperature`` and
+            ``temperature_mode``.
 
     Raises:
         TypeError: CEBRA has no such setting.

@@ -122,7 +122,7 @@ def infonce_loss(
             settings and labels of which CEBRA makes no batches.
         RuntimeError: Missing or wrong ``session_id``.
         ValueError: ``X`` or ``y`` do not fit the model, are not finite or differ in length; a
-            setting or the number of batches makes no sense.
+            setting or the number of batches makes no sense, or a setting has no effect here.
         TypeError: A setting of another name.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.infonce_loss``.
