@@ -37,8 +37,6 @@ from cebra_jax_metrics.samplers import (
 
 # How many positives to look for at a time: bounds memory, and paces the progress bar.
 MAX_QUERIES_AT_ONCE = 2**18
-# Pairs of references and negatives in memory at a time.
-MAX_SIMILARITIES_AT_ONCE = 2**26
 # The features that the behaviour objective of CEBRA's hybrid models is trained on.
 BEHAVIOR_FEATURES = 3
 
@@ -281,8 +279,7 @@ def _losses(criterion: Criterion, encoder: Encoder, windows: Array, batch: Batch
         reference, positive, negative = (
             windows[encoder.window_of(steps, num_steps)] for steps in batch
         )
-        block_size = _block_size(len(reference), len(negative))
-        return criterion(reference, positive, negative, block_size=block_size)
+        return criterion(reference, positive, negative)
 
     return jax.lax.map(one, Batch(*batch))
 
@@ -314,11 +311,7 @@ def _joint_losses(
         pooled = positive.reshape(-1, positive.shape[-1])
         positive = pooled[batch.order].reshape(positive.shape)
         negative = negative.reshape(-1, negative.shape[-1])
-        block_size = _block_size(reference.shape[1], len(negative))
-        each = [
-            criterion(ref, pos, negative, block_size=block_size)
-            for ref, pos in zip(reference, positive, strict=True)
-        ]
+        each = [criterion(ref, pos, negative) for ref, pos in zip(reference, positive, strict=True)]
         return InfoNCE(*(jnp.stack(x) for x in zip(*each, strict=True)))
 
     return jax.lax.map(one, MultisessionBatch(*batch))
@@ -328,8 +321,7 @@ def _joint_losses(
 def _full_uniform(criterion: Criterion, windows: Array, sampler: FullBatch) -> Array:
     """The uniform part of a full batch, which is the same for all."""
     reference = windows[: sampler.batch_size]
-    block_size = _block_size(len(reference), len(reference))
-    return criterion(reference, reference, reference, block_size=block_size).uniform
+    return criterion(reference, reference, reference).uniform
 
 
 @jax.jit
@@ -370,13 +362,6 @@ def _check_full(sampler: FullBatch, encoder: Encoder, windows: Array) -> None:
             f"The sampler is for {sampler.num_steps} time steps and the offset {sampler.offset}, "
             f"the recording has {num_steps} and the encoder {encoder.offset}."
         )
-
-
-def _block_size(num_references: int, num_negatives: int) -> int | None:
-    """References at a time, so that memory stays bounded; ``None`` for all at once."""
-    if num_references * num_negatives <= MAX_SIMILARITIES_AT_ONCE:
-        return None
-    return max(1, MAX_SIMILARITIES_AT_ONCE // num_negatives)
 
 
 def estimate_infonce(

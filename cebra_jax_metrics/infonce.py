@@ -1,6 +1,8 @@
 """The InfoNCE loss as CEBRA defines it, and the goodness of fit in bits. Pure maths on arrays."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +11,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 Similarity = Callable[[Array, Array, Array], tuple[Array, Array]]
+
+# References and negatives in a block: up to here all pairs at once are faster, beyond it blocks are
+# (benchmark "limit").
+BLOCK_SIZE = 1024
+# Exponents that cannot be larger, either way, are summed without taking their peak off.
+SAFE_EXPONENT = 30.0
 
 
 class InfoNCE(NamedTuple):
@@ -81,7 +89,7 @@ def infonce(
     *,
     similarity: str | Similarity = "cosine",
     temperature: ArrayLike = 1.0,
-    block_size: int | None = None,
+    block_size: int = BLOCK_SIZE,
 ) -> InfoNCE:
     """InfoNCE loss of one batch, in nats.
 
@@ -100,8 +108,8 @@ def infonce(
             (minus the squared distance), or a function with the signature of
             :func:`dot_similarity`.
         temperature: What similarities are divided by; a positive scalar.
-        block_size: Number of references worked on at a time; ``None`` holds the whole
-            ``(batch, negatives)`` matrix in memory.
+        block_size: References and negatives worked on at a time: so many squared similarities are
+            held in memory, also for the gradient.
 
     Returns:
         The loss and its parts as scalars, in the dtype of the embeddings but at least float32.
@@ -122,26 +130,121 @@ def infonce(
     _check_shapes(reference, positive, negative)
     phi = _similarity_function(similarity)
     temperature = jnp.asarray(temperature).astype(reference.dtype)
+    is_safe = _of_all(_largest(phi, reference, negative) / temperature < SAFE_EXPONENT)
 
     def per_reference(reference: Array, positive: Array) -> tuple[Array, Array, Array]:
-        paired, crossed = phi(reference, positive, negative)
-        paired, crossed = paired / temperature, crossed / temperature
-        peak = lax.stop_gradient(jnp.max(crossed, axis=1))
-        spread = jnp.log(jnp.sum(jnp.exp(crossed - peak[:, None]), axis=1))
-        return paired, peak, spread
+        paired, _ = phi(reference, positive, negative[:1])
+        log_sum_exp = partial(_log_sum_exp, phi, reference, negative, temperature, block_size)
+        peak, spread = lax.cond(
+            is_safe, partial(log_sum_exp, has_peak=False), partial(log_sum_exp, has_peak=True)
+        )
+        return paired / temperature, peak / temperature, spread
 
-    if block_size is None:
-        paired, peak, spread = per_reference(reference, positive)
-    else:
-        one = jax.checkpoint(lambda pair: per_reference(pair[0][None], pair[1][None]))
-        blocks = lax.map(one, (reference, positive), batch_size=block_size)
-        paired, peak, spread = (x[:, 0] for x in blocks)
+    paired, peak, spread = _by_rows(per_reference, (reference, positive), block_size)
     # Taking the peak off both parts before adding them keeps the digits at low temperatures.
     return InfoNCE(
         loss=jnp.mean((peak - paired) + spread),
         align=-jnp.mean(paired),
         uniform=jnp.mean(spread + peak),
     )
+
+
+def _log_sum_exp(
+    phi: Similarity,
+    reference: Array,
+    negative: Array,
+    temperature: Array,
+    block_size: int,
+    *,
+    has_peak: bool,
+) -> tuple[Array, Array]:
+    """Peak of each reference's similarities, and the log of the sum of exponentials above it.
+
+    Without a peak it is taken as 0, which saves looking for it. Blocks of negatives are computed
+    anew in every pass and in the gradient; a single one is kept.
+    """
+    peak = jnp.zeros(reference.shape[0], reference.dtype)
+    # One for each row, so that the gradient of the temperature is summed by rows: fewer roundings.
+    sharpness = 1 / jnp.broadcast_to(temperature, (reference.shape[0], 1))
+
+    def crossed(block: Array) -> Array:
+        return phi(reference, reference, block)[1]
+
+    def higher(peak: Array, crossed: Array) -> Array:
+        return jnp.maximum(peak, jnp.max(lax.stop_gradient(crossed), axis=1))
+
+    def add(total: Array, crossed: Array) -> Array:
+        return total + jnp.sum(jnp.exp((crossed - peak[:, None]) * sharpness), axis=1)
+
+    whole = crossed(negative) if negative.shape[0] <= block_size else None
+
+    def fold(step: Callable[[Array, Array], Array], initial: Array) -> Array:
+        if whole is not None:
+            return step(initial, whole)
+        return _fold_blocks(crossed, negative, block_size, step, initial)
+
+    if has_peak:
+        peak = fold(higher, peak - math.inf)
+    return peak, jnp.log(fold(add, jnp.zeros_like(peak)))
+
+
+def _fold_blocks(
+    crossed: Callable[[Array], Array],
+    negative: Array,
+    block_size: int,
+    step: Callable[[Array, Array], Array],
+    initial: Array,
+) -> Array:
+    @jax.checkpoint
+    def body(carry: Array, block: Array) -> tuple[Array, None]:
+        return step(carry, crossed(block)), None
+
+    rest = negative.shape[0] % block_size
+    whole = negative[: negative.shape[0] - rest]
+    carry, _ = lax.scan(body, initial, whole.reshape(-1, block_size, negative.shape[1]))
+    return body(carry, negative[-rest:])[0] if rest else carry
+
+
+@jax.custom_batching.custom_vmap
+def _of_all(flag: Array) -> Array:
+    """The flag itself; under ``vmap`` one for all, so that a ``cond`` on it stays one."""
+    return flag
+
+
+@_of_all.def_vmap
+def _of_all_in_batch(size: int, is_batched: list[bool], flag: Array) -> tuple[Array, bool]:
+    return jnp.all(flag), False
+
+
+def _by_rows(
+    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], block_size: int
+) -> tuple[Array, ...]:
+    """Apply a function of rows to blocks of rows."""
+    number = arrays[0].shape[0]
+    rest = number % block_size if number > block_size else number
+    blocks = [x[: number - rest].reshape(-1, block_size, x.shape[1]) for x in arrays]
+    parts = []
+    if number > rest:
+        many = lax.map(lambda rows: function(*rows), blocks)
+        parts.append([x.reshape(-1) for x in many])
+    if rest:
+        parts.append(list(function(*(x[number - rest :] for x in arrays))))
+    return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))
+
+
+def _largest(phi: Similarity, reference: Array, negative: Array) -> Array:
+    """The largest that a similarity, or minus it, can be (Cauchy-Schwarz); infinity if unknown."""
+    reference, negative = lax.stop_gradient((reference, negative))
+    if phi is dot_similarity:
+        return _longest(reference) * _longest(negative)
+    if phi is euclidean_similarity:
+        centre = jnp.mean(negative, axis=0, keepdims=True)
+        return (_longest(reference - centre) + _longest(negative - centre)) ** 2
+    return jnp.full((), math.inf, reference.dtype)
+
+
+def _longest(rows: Array) -> Array:
+    return jnp.sqrt(jnp.max(jnp.sum(rows**2, axis=1)))
 
 
 def chance_level(num_negatives: ArrayLike) -> Array:

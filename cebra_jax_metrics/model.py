@@ -42,9 +42,7 @@ class Criterion:
         lowest = jnp.asarray(self.min_temperature).astype(temperature.dtype)
         return jnp.where(temperature < lowest, lowest, temperature)
 
-    def __call__(
-        self, reference: Array, positive: Array, negative: Array, *, block_size: int | None = None
-    ) -> InfoNCE:
+    def __call__(self, reference: Array, positive: Array, negative: Array) -> InfoNCE:
         """InfoNCE of one batch of embeddings, see :func:`cebra_jax_metrics.infonce`."""
         return infonce(
             reference,
@@ -52,7 +50,6 @@ class Criterion:
             negative,
             similarity=self.similarity,
             temperature=self.effective_temperature,
-            block_size=block_size,
         )
 
     def __repr__(self) -> str:

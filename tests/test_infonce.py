@@ -1,5 +1,7 @@
 """The loss against a float64 reference, its invariants, and its range."""
 
+from functools import partial
+
 import chex
 import hypothesis
 import hypothesis.strategies as st
@@ -93,9 +95,37 @@ def test_blocks_change_neither_value_nor_gradient(similarity, block_size):
     def loss(batch, block_size):
         return infonce_function(*batch, similarity=similarity, block_size=block_size).loss
 
-    dense = jax.value_and_grad(loss)(batch, None)
+    dense = jax.value_and_grad(loss)(batch, 1024)
     blocked = jax.value_and_grad(loss)(batch, block_size)
     chex.assert_trees_all_close(dense, blocked, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("temperature", [10.0, 1.0])  # without and with the search for the peak
+def test_large_batches_in_blocks(similarity, temperature):
+    batch = embeddings(5, 2500, 2300)
+
+    def loss(batch, block_size):
+        return infonce_function(
+            *batch, similarity=similarity, temperature=temperature, block_size=block_size
+        ).loss
+
+    dense, gradient = jax.value_and_grad(loss)(batch, 2500)
+    default, found = jax.value_and_grad(
+        lambda batch: infonce_function(*batch, similarity=similarity, temperature=temperature).loss
+    )(batch)
+    assert abs(default - dense) <= 5e-6 * (1 + abs(dense))
+    for ours, theirs in zip(found, gradient, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6 * np.abs(theirs).max())
+
+
+def test_the_search_for_the_peak_is_decided_for_all_under_vmap():
+    batch = jax.tree.map(lambda x: jnp.stack([x, 100 * x]), embeddings(6))
+    found = jax.vmap(partial(infonce_function, temperature=0.05))(*batch)
+    each = [infonce_function(*(x[i] for x in batch), temperature=0.05) for i in range(2)]
+    chex.assert_trees_all_close(found, jax.tree.map(lambda *x: jnp.stack(x), *each), rtol=1e-6)
+    text = str(jax.make_jaxpr(jax.vmap(infonce_function))(*batch))
+    assert " cond[" in text  # and no select that would compute both
 
 
 seeds = st.integers(0, 2**31)

@@ -1,6 +1,7 @@
 """Scores of hybrid, full-batch and multi-session models, and of changed settings."""
 
 import dataclasses
+import importlib
 
 import chex
 import jax
@@ -128,11 +129,12 @@ def test_full_batches(recording):
 
 
 def test_full_batches_in_blocks(recording, monkeypatch):
-    from cebra_jax_metrics import estimation
-
     X, y = recording["X"], recording["position"]
     expected = cjm.infonce_loss(load("full_batch"), X, y, num_batches=2)
-    monkeypatch.setattr(estimation, "MAX_SIMILARITIES_AT_ONCE", 1000)
+    module = importlib.import_module("cebra_jax_metrics.infonce")
+    monkeypatch.setattr(
+        module.infonce, "__kwdefaults__", {**module.infonce.__kwdefaults__, "block_size": 64}
+    )
     jax.clear_caches()
     found = cjm.infonce_loss(load("full_batch"), X, y, num_batches=2)
     jax.clear_caches()
