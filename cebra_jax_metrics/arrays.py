@@ -1,11 +1,12 @@
 """Arrays that come from users: NumPy, JAX, torch (also with grad) and lists."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 
@@ -86,3 +87,38 @@ def as_key(key: ArrayLike) -> Array:
     raise TypeError(
         f"key has to be a JAX PRNG key such as jax.random.key(0), got {type(key).__name__}."
     )
+
+
+def size_class(number: int) -> int:
+    """The size that so many rows are padded to: a power of 4, beyond 2**18 a multiple of it.
+
+    What is compiled for a size class serves all numbers of rows in it.
+    """
+    size = 2**12
+    while size < number and size < 2**18:
+        size *= 4
+    return -(-number // size) * size
+
+
+def pad_rows(x: np.ndarray | Array) -> Any:
+    """Zeros behind the last row, up to the size class; of the same kind as the input."""
+    missing = size_class(len(x)) - len(x)
+    xp = jnp if isinstance(x, Array) else np
+    return xp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
+
+
+def map_rows(function: Callable[..., Any], arrays: tuple[Array, ...], block_size: int) -> Any:
+    """Apply a function of rows to blocks of rows, and concatenate; traced at most twice.
+
+    Unlike ``lax.map(..., batch_size=...)`` the function sees blocks, not single rows.
+    """
+    number = arrays[0].shape[0]
+    rest = number % block_size if number > block_size else number
+    parts = []
+    if number > rest:
+        blocks = [x[: number - rest].reshape(-1, block_size, *x.shape[1:]) for x in arrays]
+        many = lax.map(lambda rows: function(*rows), blocks)
+        parts.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), many))
+    if rest:
+        parts.append(function(*(x[number - rest :] for x in arrays)))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if len(parts) > 1 else parts[0]

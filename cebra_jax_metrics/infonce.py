@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from cebra_jax_metrics.arrays import as_integer, map_rows
+
 Similarity = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 # References and negatives in a block: up to here all pairs at once are faster, beyond it blocks are
@@ -115,7 +117,8 @@ def infonce(
         The loss and its parts as scalars, in the dtype of the embeddings but at least float32.
 
     Raises:
-        ValueError: The shapes do not fit together, or the similarity is unknown.
+        ValueError: The shapes do not fit together, the similarity is unknown, or the block size
+            below 1.
 
     Source: CEBRA 0.6.1 ``cebra.models.criterions.BaseInfoNCE``; Schneider, Lee & Mathis,
     *Nature* 617, 360-368 (2023).
@@ -129,6 +132,7 @@ def infonce(
     reference, positive, negative = map(_at_least_float32, (reference, positive, negative))
     _check_shapes(reference, positive, negative)
     phi = _similarity_function(similarity)
+    block_size = as_integer("block_size", block_size, at_least=1)
     temperature = jnp.asarray(temperature).astype(reference.dtype)
     is_safe = _of_all(_largest(phi, reference, negative) / temperature < SAFE_EXPONENT)
 
@@ -140,7 +144,7 @@ def infonce(
         )
         return paired / temperature, peak / temperature, spread
 
-    paired, peak, spread = _by_rows(per_reference, (reference, positive), block_size)
+    paired, peak, spread = map_rows(per_reference, (reference, positive), block_size)
     # Taking the peak off both parts before adding them keeps the digits at low temperatures.
     return InfoNCE(
         loss=jnp.mean((peak - paired) + spread),
@@ -214,22 +218,6 @@ def _of_all(flag: Array) -> Array:
 @_of_all.def_vmap
 def _of_all_in_batch(size: int, is_batched: list[bool], flag: Array) -> tuple[Array, bool]:
     return jnp.all(flag), False
-
-
-def _by_rows(
-    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], block_size: int
-) -> tuple[Array, ...]:
-    """Apply a function of rows to blocks of rows."""
-    number = arrays[0].shape[0]
-    rest = number % block_size if number > block_size else number
-    blocks = [x[: number - rest].reshape(-1, block_size, x.shape[1]) for x in arrays]
-    parts = []
-    if number > rest:
-        many = lax.map(lambda rows: function(*rows), blocks)
-        parts.append([x.reshape(-1) for x in many])
-    if rest:
-        parts.append(list(function(*(x[number - rest :] for x in arrays))))
-    return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))
 
 
 def _largest(phi: Similarity, reference: Array, negative: Array) -> Array:

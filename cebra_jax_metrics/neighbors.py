@@ -1,11 +1,18 @@
 """Exact nearest neighbours in label space.
 
-On the CPU and outside ``jit`` the search runs in float64: a sorted search for one-dimensional
-labels, SciPy's k-d tree for the others. Under ``jit`` and on accelerators it runs in float32 with
-direct differences (no a² - 2ab + b²): a sorted search in one dimension, a blocked brute force in
-more. Among equally near labels the earliest time step is returned.
+On the CPU and outside ``jit`` the search runs in float64, under ``jit`` and on accelerators in
+float32. Three searches, of which ``benchmarks neighbors`` measures when each is the fastest:
+
+- one-dimensional labels are sorted;
+- SciPy's k-d tree, on the host only: its time hardly depends on how many labels there are, as long
+  as they vary along few dimensions;
+- a matrix product finds the labels that can be nearest by ``a² - 2ab + b²`` in float32, and only
+  for them are differences taken and squared.
+
+Among equally near labels the earliest time step is returned.
 """
 
+import time
 from functools import partial
 
 import jax
@@ -13,10 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from scipy.spatial import cKDTree
 
-QUERY_BLOCK = 512
-LABEL_BLOCK = 2048
+from cebra_jax_metrics.arrays import map_rows, pad_rows
+
+# Up to so many dimensions the tree is always used on the host; up to so many it is tried.
+TREE_DIMENSIONS, TRIED_DIMENSIONS = 8, 64
+TRIAL_QUERIES = 32
+# What the product takes on two cores for each query and label, and for each dimension of them.
+PRODUCT_SECONDS, PRODUCT_SECONDS_PER_DIMENSION = 1e-9, 1.2e-11
+QUERY_BLOCK, LABEL_BLOCK = 512, 2048
+HOST_QUERIES = 16 * QUERY_BLOCK
 
 
 def nearest(
@@ -77,34 +90,115 @@ def nearest_on_host(
 
 
 def _search_host(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
-    # A k-d tree returns any of several identical labels: search among the first of each.
-    if labels.shape[1] == 1:
-        values, first = np.unique(labels[:, 0], return_index=True)
-        right = np.minimum(np.searchsorted(values, query[:, 0]), len(values) - 1)
-        left = np.maximum(right - 1, 0)
-        below, above = np.abs(query[:, 0] - values[left]), np.abs(values[right] - query[:, 0])
-        is_left = (below < above) | ((below == above) & (first[left] < first[right]))
-        return first[np.where(is_left, left, right)].astype(np.int32)
-    values, first = np.unique(labels, axis=0, return_index=True)
-    return _search_tree(cKDTree(values), first, query).astype(np.int32)
+    dimensions = labels.shape[1]
+    if dimensions == 1:
+        return _search_sorted(labels[:, 0], query[:, 0])
+    if dimensions > TRIED_DIMENSIONS:
+        return _search_product(labels, query)
+    tree = _Tree(labels)
+    if dimensions > TREE_DIMENSIONS and len(query) > TRIAL_QUERIES:
+        start = time.perf_counter()
+        tree.search(query[:TRIAL_QUERIES])
+        expected = PRODUCT_SECONDS + dimensions * PRODUCT_SECONDS_PER_DIMENSION
+        if time.perf_counter() - start > TRIAL_QUERIES * len(labels) * expected:
+            return _search_product(labels, query)
+    return tree.search(query)
 
 
-def _search_tree(tree: cKDTree, first: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """The earliest of the nearest labels: more neighbours are asked for while all are equally near.
+def _search_sorted(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
+    values, first = np.unique(labels, return_index=True)
+    right = np.minimum(np.searchsorted(values, query), len(values) - 1)
+    left = np.maximum(right - 1, 0)
+    below, above = np.abs(query - values[left]), np.abs(values[right] - query)
+    is_left = (below < above) | ((below == above) & (first[left] < first[right]))
+    return first[np.where(is_left, left, right)].astype(np.int32)
 
-    Labels on a grid are often equally near; a k-d tree's choice among them would bias the score.
-    """
-    nearest = np.empty(len(query), first.dtype)
-    asking, neighbors = np.arange(len(query)), 2
-    while asking.size:
-        neighbors = min(neighbors, tree.n)
-        ranks = range(1, neighbors + 1)
-        distance, index = tree.query(query[asking], k=ranks, workers=-1)
-        is_nearest = distance == distance[:, :1]
-        nearest[asking] = np.where(is_nearest, first[index], np.iinfo(first.dtype).max).min(axis=1)
-        asking = asking[is_nearest[:, -1]] if neighbors < tree.n else asking[:0]
-        neighbors *= 4
-    return nearest
+
+class _Tree:
+    """SciPy's k-d tree, and the earliest of the nearest labels."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        from scipy.spatial import cKDTree  # takes its time to import
+
+        # A tree returns any of several identical labels: it holds the first of each.
+        self.values, self.first = _distinct_rows(labels)
+        self.first = self.first.astype(np.int32)
+        self.tree = cKDTree(self.values, leafsize=24)
+        self.has_ties = self._has_ties()
+
+    def _has_ties(self) -> bool:
+        """Whether labels, as those on a grid, are often equally near, so that one has to look.
+
+        Of a k-d tree's choices among them a score would be biased. Decided by changes between
+        random labels, so that it does not depend on the queries.
+        """
+        count = min(2048, len(self.values))
+        steps = np.random.default_rng(0).integers(0, len(self.values), (3, count))
+        now, after, before = self.values[steps].astype(np.float32)
+        distance, _ = self.tree.query((now + (after - before)).astype(float), k=2, workers=-1)
+        return bool((distance[:, 0] == distance[:, 1]).any())
+
+    def search(self, query: np.ndarray) -> np.ndarray:
+        """Index of the label nearest to each query."""
+        order = _along_curve(query, self.values)  # neighbouring queries visit the same nodes
+        query = np.take(query, order, axis=0)
+        nearest = np.empty(len(query), np.int32)
+        if self.has_ties:
+            nearest[order] = self._earliest(query)
+        else:
+            nearest[order] = self.first[self.tree.query(query, workers=-1)[1]]
+        return nearest
+
+    def _earliest(self, query: np.ndarray) -> np.ndarray:
+        """More neighbours are asked for while all are equally near."""
+        nearest = np.empty(len(query), np.int32)
+        asking, neighbors = np.arange(len(query)), 2
+        while asking.size:
+            neighbors = min(neighbors, self.tree.n)
+            ranks = range(1, neighbors + 1)
+            distance, index = self.tree.query(query[asking], k=ranks, workers=-1)
+            is_nearest = distance == distance[:, :1]
+            earliest = np.where(is_nearest, self.first[index], np.iinfo(np.int32).max).min(axis=1)
+            nearest[asking] = earliest
+            asking = asking[is_nearest[:, -1]] if neighbors < self.tree.n else asking[:0]
+            neighbors *= 4
+        return nearest
+
+
+def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct rows, and the first place of each."""
+    column = np.sort(rows[:, 0])
+    if (column[1:] != column[:-1]).all():
+        return rows, np.arange(len(rows))
+    return np.unique(rows, axis=0, return_index=True)
+
+
+def _along_curve(points: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Order of points along a Z-curve through a box, by their first dimensions."""
+    dimensions = min(points.shape[1], 4)
+    bits = 16 // dimensions
+    spread = np.zeros(2**bits, np.uint16)  # the bits of a number, so many places apart
+    for bit in range(bits):
+        spread |= (np.arange(2**bits, dtype=np.uint16) >> bit & 1) << (dimensions * bit)
+    place = np.zeros(len(points), np.uint16)
+    for axis in range(dimensions):
+        low, high = box[:, axis].min(), box[:, axis].max()
+        scale = (2**bits - 1) / (high - low) if high > low else 0.0
+        cell = np.clip((points[:, axis] - low) * scale, 0, 2**bits - 1).astype(np.uint8)
+        place |= spread[cell] << axis
+    return np.argsort(place, kind="stable")
+
+
+def _search_product(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The jitted search in float64, for blocks of queries of one size so that it compiles once."""
+    number = len(query)
+    with jax.enable_x64(True):
+        padded, queries = pad_rows(labels), np.pad(query, ((0, -number % HOST_QUERIES), (0, 0)))
+        found = [
+            np.asarray(nearest_under_jit(padded, queries[i : i + HOST_QUERIES], len(labels)))
+            for i in range(0, number, HOST_QUERIES)
+        ]
+    return np.concatenate(found)[:number]
 
 
 @jax.jit
@@ -118,7 +212,7 @@ def nearest_under_jit(
     """:func:`nearest` in float32 as one jitted function, for queries ``(queries, features)``."""
     if labels.shape[1] == 1 and groups is None:
         return _sorted_search(labels[:, 0], query[:, 0], length)
-    return _brute_force(labels, query, length, groups, query_groups)
+    return _product_search(labels, query, length, groups, query_groups)
 
 
 def _sorted_search(labels: Array, query: Array, length: ArrayLike) -> Array:
@@ -133,49 +227,82 @@ def _sorted_search(labels: Array, query: Array, length: ArrayLike) -> Array:
     return order[jnp.where(is_left, left, right)]
 
 
-def _brute_force(
+def _product_search(
     labels: Array,
     query: Array,
     length: ArrayLike,
     groups: Array | None,
     query_groups: Array | None,
 ) -> Array:
-    groups = jnp.zeros(len(labels), jnp.int32) if groups is None else groups
-    query_groups = jnp.zeros(len(query), jnp.int32) if query_groups is None else query_groups
-    # Differences in units of the largest value, so that no square overflows: a power of 2, so that
-    # scaling rounds nothing.
-    largest = jnp.maximum(jnp.max(jnp.abs(labels)), jnp.max(jnp.abs(query)))
-    exponent = jnp.maximum(jnp.frexp(largest)[1], 0)
-    scale = jnp.ldexp(jnp.ones_like(largest), -exponent)
     padding = -len(labels) % LABEL_BLOCK
-    blocks = (
-        jnp.pad(labels, ((0, padding), (0, 0))).reshape(-1, LABEL_BLOCK, labels.shape[1]),
-        jnp.pad(groups, (0, padding)).reshape(-1, LABEL_BLOCK),
-        jnp.arange(len(labels) + padding, dtype=jnp.int32).reshape(-1, LABEL_BLOCK),
+    labels = jnp.pad(labels, ((0, padding), (0, 0)))
+    groups = jnp.zeros(len(labels), jnp.int32) if groups is None else jnp.pad(groups, (0, padding))
+    query_groups = jnp.zeros(len(query), jnp.int32) if query_groups is None else query_groups
+    # In units of the largest value no square overflows; a power of 2, so that it rounds nothing.
+    largest = jnp.maximum(jnp.max(jnp.abs(labels)), jnp.max(jnp.abs(query)))
+    scale = jnp.ldexp(jnp.ones_like(largest), -jnp.clip(jnp.frexp(largest)[1], -120, 128))
+    labels = labels * scale
+    steps = jnp.arange(len(labels), dtype=jnp.int32)
+    is_real = steps < length
+    centre = jnp.sum(jnp.where(is_real[:, None], labels, 0), axis=0) / length
+    centred = (labels - centre[None]).astype(jnp.float32)
+    squares = jnp.where(is_real, jnp.sum(centred**2, axis=1), jnp.inf)
+    longest = jnp.sqrt(jnp.max(jnp.where(is_real, squares, 0)))
+    augmented = jnp.concatenate([centred, squares[:, None]], axis=1)
+    blocks = tuple(
+        x.reshape(-1, LABEL_BLOCK, *x.shape[1:]) for x in (augmented, labels, groups, steps)
     )
 
-    def search(asking: tuple[Array, Array]) -> Array:
-        point, group = asking
-        nothing = jnp.full((), jnp.inf, labels.dtype), jnp.zeros((), jnp.int32)
-        return lax.scan(partial(_closer, point, group, length, scale), nothing, blocks)[0][1]
+    def search(point: Array, group: Array) -> Array:
+        scaled = point * scale
+        around = (scaled - centre[None]).astype(jnp.float32)
+        square = jnp.sum(around**2, axis=1)
+        # What rounding can make of a² - 2ab, in a product of any order of summation.
+        rounding = (labels.shape[1] + 8) * jnp.finfo(jnp.float32).eps
+        slack = rounding * (jnp.sqrt(square) + longest) ** 2 - square
+        factors = jnp.concatenate([-2 * around, jnp.ones_like(square)[:, None]], axis=1)
+        nothing = jnp.full(len(point), jnp.inf, labels.dtype), jnp.zeros(len(point), jnp.int32)
+        step = partial(_closer, scaled, factors, slack, group)
+        return lax.scan(step, nothing, blocks)[0][1]
 
-    return lax.map(search, (query, query_groups), batch_size=QUERY_BLOCK)
+    return map_rows(search, (query, query_groups), QUERY_BLOCK)
 
 
 def _closer(
     point: Array,
+    factors: Array,
+    slack: Array,
     group: Array,
-    length: ArrayLike,
-    scale: Array,
     best: tuple[Array, Array],
-    block: tuple[Array, Array, Array],
+    block: tuple[Array, Array, Array, Array],
 ) -> tuple[tuple[Array, Array], None]:
-    labels, groups, steps = block
-    distance = jnp.sum(((labels - point[None, :]) * scale) ** 2, axis=1)
-    distance = jnp.where((steps < length) & (groups == group), distance, jnp.inf)
-    here = jnp.argmin(distance)
-    is_closer = distance[here] < best[0]
-    return (
-        jnp.where(is_closer, distance[here], best[0]),
-        jnp.where(is_closer, steps[here], best[1]),
-    ), None
+    """Take those labels of a block, nearest first, that can be nearer than the best so far."""
+    augmented, labels, groups, steps = block
+    rough = jnp.einsum("qd,ld->ql", factors, augmented, precision=lax.Precision.HIGHEST)
+    rough = jnp.where(groups[None, :] == group[:, None], rough, jnp.inf)
+    place = jnp.arange(len(labels), dtype=jnp.int32)[None, :]
+
+    def first_lowest(is_left: ArrayLike) -> tuple[Array, Array]:
+        """The smallest rough distance among those left, and the first place that has it."""
+        lowest = jnp.min(jnp.where(is_left, rough, jnp.inf), axis=1)
+        has_it = is_left & (rough == lowest[:, None])
+        return lowest, jnp.min(jnp.where(has_it, place, len(labels) - 1), axis=1)
+
+    def can_be_nearer(state: tuple[Array, Array, tuple[Array, Array]]) -> Array:
+        lowest, _, (distance, _) = state
+        limit = distance.astype(jnp.float32) + slack
+        return jnp.any((lowest <= limit) & (lowest < jnp.inf))
+
+    def take(
+        state: tuple[Array, Array, tuple[Array, Array]],
+    ) -> tuple[Array, Array, tuple[Array, Array]]:
+        lowest, here, (distance, nearest) = state
+        exact = jnp.sum((labels[here] - point) ** 2, axis=1)
+        exact = jnp.where(lowest < jnp.inf, exact, jnp.inf)
+        is_closer = (exact < distance) | ((exact == distance) & (steps[here] < nearest))
+        best = jnp.where(is_closer, exact, distance), jnp.where(is_closer, steps[here], nearest)
+        low, at = lowest[:, None], here[:, None]
+        is_left = (rough > low) | ((rough == low) & (place > at))
+        return *first_lowest(is_left), best
+
+    return lax.while_loop(can_be_nearer, take, (*first_lowest(True), best))[2], None

@@ -50,7 +50,7 @@ def test_host_finds_the_nearest(seed, steps, features, queries, grid):
     assert_right(labels, query, nearest_on_host(labels, query, steps), tolerance=1e-14)
 
 
-@pytest.mark.parametrize("features", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("features", [1, 2, 3, 8, 12, 64, 100])
 @pytest.mark.parametrize("grid", [False, True])
 def test_jit_finds_the_nearest_and_agrees_with_the_host(features, grid):
     labels, query = case(features, 5000, features, 300, grid)
