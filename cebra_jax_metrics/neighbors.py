@@ -13,7 +13,7 @@ Among equally near labels the earliest time step is returned.
 """
 
 import time
-from functools import partial
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ from cebra_jax_metrics.arrays import map_rows, pad_rows
 
 # Up to so many dimensions the tree is always used on the host; up to so many it is tried.
 TREE_DIMENSIONS, TRIED_DIMENSIONS = 8, 64
-TRIAL_QUERIES = 32
-# What the product takes on two cores for each query and label, and for each dimension of them.
-PRODUCT_SECONDS, PRODUCT_SECONDS_PER_DIMENSION = 1e-9, 1.2e-11
+TRIAL_QUERIES = 128
+# What the product takes on one core for each query and label, and for each dimension of them.
+PRODUCT_SECONDS, PRODUCT_SECONDS_PER_DIMENSION = 2e-9, 2.4e-11
 QUERY_BLOCK, LABEL_BLOCK = 512, 2048
 HOST_QUERIES = 16 * QUERY_BLOCK
 
@@ -98,7 +98,7 @@ def _search_host(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
     tree = _Tree(labels)
     if dimensions > TREE_DIMENSIONS and len(query) > TRIAL_QUERIES:
         start = time.perf_counter()
-        tree.search(query[:TRIAL_QUERIES])
+        tree.tree.query(query[:TRIAL_QUERIES])
         expected = PRODUCT_SECONDS + dimensions * PRODUCT_SECONDS_PER_DIMENSION
         if time.perf_counter() - start > TRIAL_QUERIES * len(labels) * expected:
             return _search_product(labels, query)
@@ -124,9 +124,9 @@ class _Tree:
         self.values, self.first = _distinct_rows(labels)
         self.first = self.first.astype(np.int32)
         self.tree = cKDTree(self.values, leafsize=24)
-        self.has_ties = self._has_ties()
 
-    def _has_ties(self) -> bool:
+    @cached_property
+    def has_ties(self) -> bool:
         """Whether labels, as those on a grid, are often equally near, so that one has to look.
 
         Of a k-d tree's choices among them a score would be biased. Decided by changes between
@@ -262,8 +262,13 @@ def _product_search(
         slack = rounding * (jnp.sqrt(square) + longest) ** 2 - square
         factors = jnp.concatenate([-2 * around, jnp.ones_like(square)[:, None]], axis=1)
         nothing = jnp.full(len(point), jnp.inf, labels.dtype), jnp.zeros(len(point), jnp.int32)
-        step = partial(_closer, scaled, factors, slack, group)
-        return lax.scan(step, nothing, blocks)[0][1]
+
+        def visit(number: ArrayLike, best: tuple[Array, Array]) -> tuple[Array, Array]:
+            block = tuple(lax.dynamic_index_in_dim(x, number, keepdims=False) for x in blocks)
+            return _closer(scaled, factors, slack, group, best, block)
+
+        num_blocks = (jnp.asarray(length) + LABEL_BLOCK - 1) // LABEL_BLOCK  # none of padding only
+        return lax.fori_loop(0, num_blocks, visit, nothing)[1]
 
     return map_rows(search, (query, query_groups), QUERY_BLOCK)
 
@@ -274,8 +279,8 @@ def _closer(
     slack: Array,
     group: Array,
     best: tuple[Array, Array],
-    block: tuple[Array, Array, Array, Array],
-) -> tuple[tuple[Array, Array], None]:
+    block: tuple[Array, ...],
+) -> tuple[Array, Array]:
     """Take those labels of a block, nearest first, that can be nearer than the best so far."""
     augmented, labels, groups, steps = block
     rough = jnp.einsum("qd,ld->ql", factors, augmented, precision=lax.Precision.HIGHEST)
@@ -305,4 +310,4 @@ def _closer(
         is_left = (rough > low) | ((rough == low) & (place > at))
         return *first_lowest(is_left), best
 
-    return lax.while_loop(can_be_nearer, take, (*first_lowest(True), best))[2], None
+    return lax.while_loop(can_be_nearer, take, (*first_lowest(True), best))[2]
