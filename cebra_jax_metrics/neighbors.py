@@ -129,13 +129,14 @@ class _Tree:
     def has_ties(self) -> bool:
         """Whether labels, as those on a grid, are often equally near, so that one has to look.
 
-        Of a k-d tree's choices among them a score would be biased. Decided by changes between
-        random labels, so that it does not depend on the queries.
+        Of a k-d tree's choices among them a score would be biased. Decided by labels that change as
+        they did elsewhere, so that it does not depend on the queries.
         """
         count = min(2048, len(self.values))
-        steps = np.random.default_rng(0).integers(0, len(self.values), (3, count))
-        now, after, before = self.values[steps].astype(np.float32)
-        distance, _ = self.tree.query((now + (after - before)).astype(float), k=2, workers=-1)
+        now, then = np.random.default_rng(0).integers(0, len(self.values), (2, count))
+        values = self.values.astype(np.float32)
+        near = values[now] + (values[then] - values[then - 1])
+        distance, _ = self.tree.query(near.astype(float), k=2, workers=-1)
         return bool((distance[:, 0] == distance[:, 1]).any())
 
     def search(self, query: np.ndarray) -> np.ndarray:
