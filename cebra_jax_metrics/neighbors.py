@@ -121,6 +121,7 @@ class _Tree:
         from scipy.spatial import cKDTree  # takes its time to import
 
         # A tree returns any of several identical labels: it holds the first of each.
+        self.labels = labels
         self.values, self.first = _distinct_rows(labels)
         self.first = self.first.astype(np.int32)
         self.tree = cKDTree(self.values, leafsize=24)
@@ -132,10 +133,9 @@ class _Tree:
         Of a k-d tree's choices among them a score would be biased. Decided by labels that change as
         they did elsewhere, so that it does not depend on the queries.
         """
-        count = min(2048, len(self.values))
-        now, then = np.random.default_rng(0).integers(0, len(self.values), (2, count))
-        values = self.values.astype(np.float32)
-        near = values[now] + (values[then] - values[then - 1])
+        labels = self.labels.astype(np.float32)
+        steps = np.random.default_rng(0).integers(0, len(labels), (2, min(2048, len(labels))))
+        near = labels[steps[0]] + (labels[steps[1]] - labels[steps[1] - 1])
         distance, _ = self.tree.query(near.astype(float), k=2, workers=-1)
         return bool((distance[:, 0] == distance[:, 1]).any())
 
@@ -245,7 +245,8 @@ def _product_search(
     labels = labels * scale
     steps = jnp.arange(len(labels), dtype=jnp.int32)
     is_real = steps < length
-    centre = jnp.sum(jnp.where(is_real[:, None], labels, 0), axis=0) / length
+    centre = jnp.sum(jnp.where(is_real[:, None], labels, 0), axis=0)
+    centre /= jnp.asarray(length).astype(labels.dtype)
     centred = (labels - centre[None]).astype(jnp.float32)
     squares = jnp.where(is_real, jnp.sum(centred**2, axis=1), jnp.inf)
     longest = jnp.sqrt(jnp.max(jnp.where(is_real, squares, 0)))
