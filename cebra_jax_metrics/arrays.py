@@ -31,16 +31,34 @@ def as_array(x: Any) -> Array | np.ndarray:
     return x if isinstance(x, Array) else as_numpy(x)
 
 
-def check_dimensions(x: Array | np.ndarray, least: int) -> None:
+def as_rows(x: Any) -> Any:
+    """JAX arrays, and what is read from disk by slices (h5py, zarr), as they are; else NumPy."""
+    is_read_by_slices = all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__"))
+    if isinstance(x, Array) or (is_read_by_slices and not hasattr(x, "detach")):
+        return x
+    return as_numpy(x)
+
+
+def on_cpu(*arrays: object) -> bool:
+    """Whether all values are known and in the CPU's memory."""
+    return all(
+        not isinstance(x, jax.core.Tracer) and all(d.platform == "cpu" for d in x.devices())
+        for x in arrays
+        if isinstance(x, Array)
+    )
+
+
+def check_dimensions(x: Any, least: int) -> None:
     """Refuse arrays that are not of ``least`` to 2 dimensions or hold no real numbers."""
-    if x.ndim < least:
+    dimensions = len(x.shape)
+    if dimensions < least:
         raise ValueError(
-            f"Expected {least}D array, got {x.ndim}D array instead: of shape {x.shape}; the first "
-            "axis is time."
+            f"Expected {least}D array, got {dimensions}D array instead: of shape {x.shape}; the "
+            "first axis is time."
         )
-    if x.ndim > 2:
+    if dimensions > 2:
         raise ValueError(
-            f"Found array with dim {x.ndim}, while dim <= 2 is required: of shape {x.shape}."
+            f"Found array with dim {dimensions}, while dim <= 2 is required: of shape {x.shape}."
         )
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise ValueError(f"Complex data not supported: got dtype {x.dtype}.")
@@ -100,11 +118,10 @@ def size_class(number: int) -> int:
     return -(-number // size) * size
 
 
-def pad_rows(x: np.ndarray | Array) -> Any:
-    """Zeros behind the last row, up to the size class; of the same kind as the input."""
-    missing = size_class(len(x)) - len(x)
-    xp = jnp if isinstance(x, Array) else np
-    return xp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) if missing else x
+def pad_rows(x: ArrayLike) -> np.ndarray:
+    """Zeros behind the last row, up to the size class."""
+    x = np.asarray(x)
+    return np.pad(x, [(0, size_class(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
 def map_rows(function: Callable[..., Any], arrays: tuple[Array, ...], block_size: int) -> Any:

@@ -19,8 +19,10 @@ from cebra_jax_metrics.model import (
     Checkpoint,
     Criterion,
     Model,
+    Windows,
     as_model,
     as_recording,
+    encode_recording,
     select_encoder,
 )
 from cebra_jax_metrics.samplers import (
@@ -34,6 +36,7 @@ from cebra_jax_metrics.samplers import (
     Proposal,
     Sampler,
 )
+from cebra_jax_metrics.samplers.base import SampleInTwoSteps
 
 # How many positives to look for at a time: bounds memory, and paces the progress bar.
 MAX_QUERIES_AT_ONCE = 2**18
@@ -123,7 +126,13 @@ def draw(
     """
     batch_size = _batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
-    proposal = _propose(as_key(key), sampler, start, batch_size=batch_size, num_batches=num_batches)
+    proposal = _propose(
+        as_key(key),
+        sampler.padded() if isinstance(sampler, SampleInTwoSteps) else sampler,
+        start,
+        batch_size=batch_size,
+        num_batches=num_batches,
+    )
     return sampler.complete(proposal)
 
 
@@ -187,11 +196,11 @@ def evaluate(
 
 def _embedded(
     model: Model | Checkpoint, X: Any, session_id: int | None, is_joint: bool
-) -> tuple[tuple[Encoder, ...], tuple[Array, ...]]:
+) -> tuple[tuple[Encoder, ...], tuple[Windows, ...]]:
     """The encoders that are needed, and all windows of their recordings."""
     if not is_joint:
         encoder = select_encoder(model, session_id)
-        return (encoder,), (_windows(encoder, as_recording(X, encoder, session_id)),)
+        return (encoder,), (encode_recording(encoder, as_recording(X, encoder, session_id)),)
     encoders = as_model(model).encoders
     if session_id is not None or not isinstance(X, list | tuple) or len(X) != len(encoders):
         raise ValueError(
@@ -199,15 +208,12 @@ def _embedded(
             "recordings, and no session_id."
         )
     recordings = [as_recording(x, e, i) for i, (x, e) in enumerate(zip(X, encoders, strict=True))]
-    return encoders, tuple(map(_windows, encoders, recordings))
-
-
-_windows = jax.jit(Encoder.encode_windows)
+    return encoders, tuple(map(encode_recording, encoders, recordings))
 
 
 def _subspaces(
-    windows: tuple[Array, ...], feature_range: FeatureRange, renormalize: bool, is_hybrid: bool
-) -> dict[str, tuple[Array, ...]]:
+    windows: tuple[Windows, ...], feature_range: FeatureRange, renormalize: bool, is_hybrid: bool
+) -> dict[str, tuple[Windows, ...]]:
     """The embeddings that each objective scores, by its name."""
     if feature_range is None and not is_hybrid and not renormalize:
         return {"": windows}
@@ -236,8 +242,8 @@ def _subspaces(
     }
 
 
-def _features(windows: Array, features: slice, renormalize: bool) -> Array:
-    width = windows.shape[1]
+def _features(windows: Windows, features: slice, renormalize: bool) -> Windows:
+    width = windows.rows.shape[1]
     start, stop, step = features.indices(width)
     is_inside = (features.stop is None or features.stop <= width) and step == 1
     if not is_inside or start >= stop:
@@ -245,14 +251,16 @@ def _features(windows: Array, features: slice, renormalize: bool) -> Array:
             f"feature_range has to be a slice of the {width} features, such as slice(0, {width}), "
             f"got {features}."
         )
-    windows = windows[:, start:stop]
-    return windows / jnp.linalg.norm(windows, axis=1, keepdims=True) if renormalize else windows
+    rows = windows.rows[:, start:stop]
+    if renormalize:
+        rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return replace(windows, rows=rows)
 
 
 def _parts(
     criterion: Criterion,
     encoders: tuple[Encoder, ...],
-    spaces: dict[str, tuple[Array, ...]],
+    spaces: dict[str, tuple[Windows, ...]],
     batch: Any,
 ) -> dict[str, InfoNCE]:
     """InfoNCE of every batch, for each objective or each session."""
@@ -270,15 +278,21 @@ def _parts(
     }
 
 
-@jax.jit
-def _losses(criterion: Criterion, encoder: Encoder, windows: Array, batch: Batch) -> InfoNCE:
-    num_steps = len(windows) + encoder.receptive_field - 1
+def _at(windows: Windows, encoder: Encoder, steps: Array) -> Array:
+    """Embeddings of time steps."""
+    return windows.rows[encoder.window_of(steps, _num_steps(windows, encoder))]
 
+
+def _num_steps(windows: Windows, encoder: Encoder) -> Any:
+    """Length of the recording."""
+    return windows.number + encoder.receptive_field - 1
+
+
+@jax.jit
+def _losses(criterion: Criterion, encoder: Encoder, windows: Windows, batch: Batch) -> InfoNCE:
     @jax.checkpoint
     def one(batch: Batch) -> InfoNCE:
-        reference, positive, negative = (
-            windows[encoder.window_of(steps, num_steps)] for steps in batch
-        )
+        reference, positive, negative = (_at(windows, encoder, steps) for steps in batch)
         return criterion(reference, positive, negative)
 
     return jax.lax.map(one, Batch(*batch))
@@ -288,7 +302,7 @@ def _losses(criterion: Criterion, encoder: Encoder, windows: Array, batch: Batch
 def _joint_losses(
     criterion: Criterion,
     encoders: tuple[Encoder, ...],
-    windows: tuple[Array, ...],
+    windows: tuple[Windows, ...],
     batch: MultisessionBatch,
 ) -> InfoNCE:
     """InfoNCE of the references of each session against the negatives of all.
@@ -299,11 +313,7 @@ def _joint_losses(
 
     def embed(steps: Array) -> Array:
         """``(sessions, batch)`` indices to ``(sessions, batch, features)``."""
-        rows = [
-            w[encoder.window_of(s, len(w) + encoder.receptive_field - 1)]
-            for encoder, w, s in zip(encoders, windows, steps, strict=True)
-        ]
-        return jnp.stack(rows)
+        return jnp.stack([_at(w, e, s) for e, w, s in zip(encoders, windows, steps, strict=True)])
 
     @jax.checkpoint
     def one(batch: MultisessionBatch) -> InfoNCE:
@@ -318,23 +328,21 @@ def _joint_losses(
 
 
 @jax.jit
-def _full_uniform(criterion: Criterion, windows: Array, sampler: FullBatch) -> Array:
+def _full_uniform(criterion: Criterion, windows: Windows, sampler: FullBatch) -> Array:
     """The uniform part of a full batch, which is the same for all."""
-    reference = windows[: sampler.batch_size]
+    reference = windows.rows[: sampler.batch_size]
     return criterion(reference, reference, reference).uniform
 
 
 @jax.jit
 def _full_losses(
-    criterion: Criterion, encoder: Encoder, windows: Array, uniform: Array, batch: Batch
+    criterion: Criterion, encoder: Encoder, windows: Windows, uniform: Array, batch: Batch
 ) -> InfoNCE:
     """InfoNCE of full batches: only their positives differ."""
-    num_steps = len(windows) + encoder.receptive_field - 1
-    reference = windows[encoder.window_of(batch.reference[0], num_steps)]
+    reference = _at(windows, encoder, batch.reference[0])
 
     def align(steps: Array) -> Array:
-        positive = windows[encoder.window_of(steps, num_steps)]
-        return criterion(reference, positive, reference[:1]).align
+        return criterion(reference, _at(windows, encoder, steps), reference[:1]).align
 
     each = jax.lax.map(align, batch.positive)
     return InfoNCE(each + uniform, each, jnp.broadcast_to(uniform, each.shape))
@@ -355,8 +363,8 @@ def _check_lengths(sampler: Any, num_steps: list[int]) -> None:
             )
 
 
-def _check_full(sampler: FullBatch, encoder: Encoder, windows: Array) -> None:
-    num_steps = len(windows) + encoder.receptive_field - 1
+def _check_full(sampler: FullBatch, encoder: Encoder, windows: Windows) -> None:
+    num_steps = _num_steps(windows, encoder)
     if (sampler.num_steps, sampler.offset) != (num_steps, encoder.offset):
         raise ValueError(
             f"The sampler is for {sampler.num_steps} time steps and the offset {sampler.offset}, "
@@ -416,9 +424,7 @@ def estimate_infonce(
     is_joint = isinstance(sampler, Multisession | DiscreteMultisession)
     encoders, windows = _embedded(model, X, session_id, is_joint)
     spaces = _subspaces(windows, feature_range, renormalize, isinstance(sampler, Hybrid))
-    _check_lengths(
-        sampler, [len(w) + e.receptive_field - 1 for e, w in zip(encoders, windows, strict=True)]
-    )
+    _check_lengths(sampler, list(map(_num_steps, windows, encoders)))
     criterion = as_model(model).criterion
     uniform = {}
     if isinstance(sampler, FullBatch):

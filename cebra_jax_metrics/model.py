@@ -2,17 +2,29 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_array, check_dimensions, check_finite, is_traced
+from cebra_jax_metrics.arrays import (
+    as_numpy,
+    as_rows,
+    check_dimensions,
+    check_finite,
+    is_traced,
+    on_cpu,
+    size_class,
+)
 from cebra_jax_metrics.encoders import Encoder
 from cebra_jax_metrics.infonce import InfoNCE, infonce
+
+# Windows embedded at a time; a divisor of all size classes.
+CHUNK = 4096
 
 
 @jax.tree_util.register_dataclass
@@ -149,8 +161,8 @@ def select_encoder(model: Model | Checkpoint, session_id: int | None) -> Encoder
     return encoders[session_id]
 
 
-def as_recording(X: object, encoder: Encoder, session_id: int | None = None) -> Array:
-    """A recording as a JAX array that the encoder can take.
+def as_recording(X: Any, encoder: Encoder, session_id: int | None = None) -> Any:
+    """A recording that the encoder can take, not read yet where it is on disk.
 
     Args:
         X: Array-like ``(time, neurons)`` of a real dtype.
@@ -158,9 +170,9 @@ def as_recording(X: object, encoder: Encoder, session_id: int | None = None) -> 
         session_id: For the message only.
 
     Raises:
-        ValueError: Wrong shape, too few time steps, values that are no real numbers or not finite.
+        ValueError: Wrong shape, too few time steps, or values that are no real numbers.
     """
-    X = as_array(X)
+    X = as_rows(X)
     check_dimensions(X, least=2)
     if X.shape[1] != encoder.num_neurons:
         raise ValueError(
@@ -173,12 +185,76 @@ def as_recording(X: object, encoder: Encoder, session_id: int | None = None) -> 
             f"{encoder.receptive_field} is required by the receptive field of "
             f"{encoder.architecture!r}."
         )
-    if isinstance(X, np.ndarray) and not jax.config.read("jax_enable_x64") and X.dtype.itemsize > 4:
-        with np.errstate(over="ignore"):
-            X = X.astype(np.float32)
-    X = jnp.asarray(X)
-    check_finite(X, "X")
     return X
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Embeddings of all whole windows of a recording.
+
+    Attributes:
+        rows: ``(windows, features)``, of which the last ones may be padding.
+        number: How many are real.
+    """
+
+    rows: Array
+    number: ArrayLike
+
+
+def encode_recording(encoder: Encoder, X: Any, *, pad: bool = False) -> Windows:
+    """Embed every whole window of a recording.
+
+    Known values are embedded in chunks of one size, read once and in order, so that neither a
+    longer recording compiles anew nor one that is larger than memory has to fit into it.
+
+    Args:
+        encoder: The encoder.
+        X: What :func:`as_recording` returns.
+        pad: Repeat the edge samples so that every time step has a window.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
+    left, right = encoder.offset if pad else (0, 1)
+    number = X.shape[0] + left + right - encoder.receptive_field
+    if not on_cpu(X, *jax.tree.leaves(encoder)):
+        check_finite(X, "X")
+        return Windows(_encode(encoder, X, pad=pad), number)
+    with jax.ensure_compile_time_eval():  # also while tracing, known values are worked on at once
+        rows = jnp.zeros((size_class(number), encoder.output_dimension), encoder.dtype)
+        steps = CHUNK + encoder.receptive_field - 1
+        read = _Reader(X)
+        for start in range(0, number, CHUNK):
+            block = read(start - left, start - left + steps)
+            rows = _encode_chunk(rows, encoder, block, np.int32(start))
+    return Windows(rows, np.int32(number))
+
+
+class _Reader:
+    """Reads ranges of a recording that move forward, so that each row is read once."""
+
+    def __init__(self, X: Any) -> None:
+        self.X, self.length = X, X.shape[0]
+        self.start, self.kept = 0, np.zeros((0, X.shape[1]), np.float32)
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``[start, stop)``: before the first its copies, behind the last its copies."""
+        first, last = max(start, 0), min(stop, self.length)
+        here = self.start + len(self.kept)
+        new = as_numpy(self.X[here:last])
+        if new.dtype.itemsize > 4 and not jax.config.read("jax_enable_x64"):
+            with np.errstate(over="ignore"):
+                new = new.astype(np.float32)
+        check_finite(new, "X")
+        self.kept = np.concatenate([self.kept[first - self.start :], new])
+        self.start = first
+        return np.pad(self.kept, ((first - start, stop - last), (0, 0)), "edge")
+
+
+@partial(jax.jit, donate_argnames="rows")
+def _encode_chunk(rows: Array, encoder: Encoder, block: Array, start: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(rows, encoder.encode_windows(block), start, axis=0)
 
 
 def embed(
@@ -207,7 +283,10 @@ def embed(
     if pad is None:
         settings = model.settings if isinstance(model, Checkpoint) else {}
         pad = settings.get("pad_before_transform", True)
-    return _encode(encoder, as_recording(X, encoder, session_id), pad=bool(pad))
+    windows = encode_recording(encoder, as_recording(X, encoder, session_id), pad=bool(pad))
+    if on_cpu(windows.rows):
+        return jnp.asarray(np.asarray(windows.rows)[: windows.number])
+    return windows.rows
 
 
 _encode = jax.jit(Encoder.encode, static_argnames="pad")

@@ -13,6 +13,7 @@ Among equally near labels the earliest time step is returned.
 """
 
 import time
+from collections.abc import Callable
 from functools import cached_property
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import map_rows, pad_rows
+from cebra_jax_metrics.arrays import map_rows, on_cpu, pad_rows
 
 # Up to so many dimensions the tree is always used on the host; up to so many it is tried.
 TREE_DIMENSIONS, TRIED_DIMENSIONS = 8, 64
@@ -53,20 +54,14 @@ def nearest(
         under ``jit`` it is so up to float32 rounding.
     """
     length = labels.shape[0] if length is None else length
-    flat = query.reshape(-1, query.shape[-1])
+    search: Callable[..., Array | np.ndarray] = nearest_under_jit
+    if on_cpu(labels, query, length, groups, query_groups):
+        search = nearest_on_host
+        query = np.asarray(query)
+        query_groups = None if query_groups is None else np.asarray(query_groups)
     flat_groups = None if query_groups is None else query_groups.reshape(-1)
-    arrays = (labels, flat, length, groups, flat_groups)
-    search = nearest_on_host if _on_host(arrays) else nearest_under_jit
-    return jnp.asarray(search(*arrays)).reshape(query.shape[:-1])
-
-
-def _on_host(arrays: tuple[ArrayLike | None, ...]) -> bool:
-    """Whether all values are known and in the CPU's memory."""
-    return all(
-        not isinstance(x, jax.core.Tracer) and all(d.platform == "cpu" for d in x.devices())
-        for x in arrays
-        if isinstance(x, Array)
-    )
+    found = search(labels, query.reshape(-1, query.shape[-1]), length, groups, flat_groups)
+    return jnp.asarray(found.reshape(query.shape[:-1]))
 
 
 def nearest_on_host(

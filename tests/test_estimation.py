@@ -22,9 +22,11 @@ from cebra_jax_metrics import (
     evaluate,
     goodness_of_fit,
     infonce,
+    model,
     shifted_consistency,
 )
 from cebra_jax_metrics.consistency import relabelled_consistency, shift_test
+from cebra_jax_metrics.model import encode_recording
 from cebra_jax_metrics.neighbors import nearest_under_jit
 from cebra_jax_metrics.samplers import Batch, DeltaNormal, Time, TimeDelta
 
@@ -141,17 +143,72 @@ def test_learned_temperature_is_clamped():
     assert gradient(fixed_low).criterion.temperature != 0
 
 
-def test_one_trace_per_signature(monkeypatch):
-    """Other keys, values and true lengths of the same shapes compile nothing anew."""
-    pairs = [(estimation, "_propose"), (estimation, "_losses"), (estimation, "_windows")]
-    for module, name in pairs:
+def test_one_trace_per_size_class(monkeypatch):
+    """Other keys, values, models and lengths of the same class compile nothing anew."""
+    counted = []
+    for module, name in (
+        (estimation, "_propose"),
+        (estimation, "_losses"),
+        (estimation, "_summarise"),
+        (estimation, "_combined"),
+        (model, "_encode_chunk"),
+    ):
         jitted = getattr(module, name)
-        counted = chex.assert_max_traces(jitted.__wrapped__, n=1)
-        statics = {"_propose": ("batch_size", "num_batches")}.get(name, ())
-        monkeypatch.setattr(module, name, jax.jit(counted, static_argnames=statics))
-    for seed in range(3):
-        sampler = TimeDelta(LABELS + seed, 3 + seed, length=110 + seed)
-        estimate_infonce(jax.random.key(seed), make_model(seed), X + seed, sampler, **SIZES)
+        statics = {
+            "_propose": ("batch_size", "num_batches"),
+            "_summarise": ("num_batches",),
+            "_combined": ("num_negatives", "is_joint"),
+        }.get(name, ())
+        function = chex.assert_max_traces(jitted.__wrapped__, n=1)
+        monkeypatch.setattr(module, name, jax.jit(function, static_argnames=statics))
+        counted.append(function)
+    for seed, length in enumerate((120, 119, 4000, 77)):
+        labels, recording = RNG.normal(size=(length, 2)), RNG.normal(size=(length, 6))
+        sampler = TimeDelta(labels, 3 + seed)
+        estimate_infonce(jax.random.key(seed), make_model(seed), recording, sampler, **SIZES)
+
+
+class OnDisk:
+    """What h5py and zarr have in common; counts how often each row is read."""
+
+    def __init__(self, rows):
+        self.rows, self.shape, self.dtype = rows, rows.shape, rows.dtype
+        self.reads = np.zeros(len(rows), int)
+        self.last = 0
+
+    def __getitem__(self, item):
+        assert item.start >= self.last, "rows have to be read in order"
+        self.last = item.stop
+        self.reads[item] += 1
+        return self.rows[item]
+
+
+@pytest.mark.parametrize("length", [5, 4096, 4097, 9000])
+@pytest.mark.parametrize("pad", [False, True])
+def test_chunks_are_the_whole(length, pad):
+    """Also from arrays that are read by slices: every row once, in order."""
+    recording = RNG.normal(size=(length, 6)).astype(np.float32)
+    encoder = MODEL.encoders[0]
+    expected = jax.jit(partial(encoder.encode, pad=pad))(recording)
+    on_disk = OnDisk(recording)
+    for X in (recording, jnp.asarray(recording), on_disk):
+        found = embed(MODEL, X, pad=pad)
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert (on_disk.reads == 1).all()
+
+
+def test_memory_maps_and_recordings_on_disk(tmp_path):
+    np.save(tmp_path / "X.npy", X)
+    expected = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES)
+    for recording in (np.load(tmp_path / "X.npy", mmap_mode="r"), OnDisk(X), OnDisk(X.astype(int))):
+        rows = recording.rows if isinstance(recording, OnDisk) else recording
+        found = estimate_infonce(KEY, MODEL, recording, SAMPLER, **SIZES)
+        if rows.dtype == X.dtype:
+            chex.assert_trees_all_equal(found, expected)
+    broken = OnDisk(np.where(X > 2, np.nan, X))
+    with pytest.raises(ValueError, match="NaN"):
+        estimate_infonce(KEY, MODEL, broken, SAMPLER, **SIZES)
 
 
 def test_dtypes_in_and_out():
@@ -228,7 +285,7 @@ def test_samplers_lower_for_every_platform(name):
 def test_lowers_for_every_platform():
     encoder, criterion = MODEL.encoders[0], MODEL.criterion
     batch = draw(KEY, SAMPLER, 16, 4)
-    windows = estimation._windows(encoder, X)
+    windows = encode_recording(encoder, X)
     groups = jnp.zeros(120, jnp.int32)
     blocked = partial(infonce, similarity="euclidean", block_size=32)
 
@@ -238,7 +295,7 @@ def test_lowers_for_every_platform():
         return relabelled_consistency(keys, [x, x], [places, places], **sizes)
 
     jitted = (
-        (estimation._windows, (encoder, X)),
+        (model._encode_chunk, (windows.rows, encoder, X, np.int32(0))),
         (estimation._losses, (criterion, encoder, windows, batch)),
         (jax.jit(partial(Encoder.encode, pad=True)), (encoder, X)),
         (jax.jit(consistency_matrix), ([X, X[:, :3]],)),

@@ -62,6 +62,11 @@ class Encoder:
         return sum(self.offset)
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters, and so of the embedding."""
+        return jnp.result_type(*self.params.values()) if self.params else jnp.dtype(jnp.float32)
+
+    @property
     def _known(self) -> Architecture:
         return get_architecture(self.architecture)
 
@@ -78,8 +83,7 @@ class Encoder:
         Raises:
             ValueError: A registered architecture returns another shape.
         """
-        dtype = jnp.result_type(*self.params.values()) if self.params else jnp.float32
-        X = jnp.asarray(X).astype(dtype)
+        X = jnp.asarray(X).astype(self.dtype)
         embedding = self._known.apply(self.params, X, *self.sizes)
         expected = X.shape[0] - self.receptive_field + 1, self.output_dimension
         if embedding.shape != expected:
