@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from cebra_jax_metrics.checkpoints import load, save
 from cebra_jax_metrics.demo import describe_demo
@@ -37,6 +36,8 @@ BATCHES_PER_TICK = 64
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, or 2 for a mistake in what was asked."""
     arguments = _parser().parse_args(argv)
+    if arguments.cache:
+        _use_compilation_cache()
     try:
         print(arguments.run(arguments), flush=True)
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="cebra-jax-metrics",
         description="Score CEBRA models: InfoNCE, goodness of fit, consistency; with error bars.",
+    )
+    parser.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="do not keep compiled functions in the cache directory of the user",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -136,7 +143,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _use_compilation_cache() -> None:
+    """Keep what XLA compiles in the user's cache directory, unless JAX was told of another."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cebra_jax_metrics"
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # it works without
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def _score(arguments: argparse.Namespace) -> str:
+    from tqdm import tqdm  # takes its time to import
+
     checkpoint = load(arguments.model)
     X, labels = _arrays(checkpoint, arguments)
     rows = arguments.rows or slice(None)

@@ -32,7 +32,7 @@ def run(capsys):
 
     def run(*arguments):
         try:
-            code = main([str(argument) for argument in arguments])
+            code = main(["--no-cache", *(str(argument) for argument in arguments)])
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()

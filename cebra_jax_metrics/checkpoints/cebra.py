@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from sklearn.utils.validation import check_is_fitted
 
 from cebra_jax_metrics.arrays import as_numpy
 from cebra_jax_metrics.checkpoints.torch_zip import CheckpointError, DType, Record, read_torch_zip
@@ -68,6 +67,8 @@ def from_cebra(estimator: Any) -> Checkpoint:
         TypeError: The object is no CEBRA estimator.
         ValueError: Its architecture is unknown here, or its parameters do not fit it.
     """
+    from sklearn.utils.validation import check_is_fitted  # takes its time to import
+
     if not hasattr(estimator, "get_params") or not hasattr(estimator, "fit"):
         raise TypeError(f"Expected a fitted cebra.CEBRA, got {type(estimator).__name__}.")
     check_is_fitted(estimator, "n_features_")

@@ -200,12 +200,12 @@ def as_discrete(labels: object) -> Array:
     return jnp.asarray(np.unique(np.asarray(labels), return_inverse=True)[1].astype(np.int32))
 
 
-def as_leaf(value: Any, dtype: Any) -> Array:
+def as_leaf(value: Any, dtype: Any) -> Any:
     """A number, traced or not, as a leaf of one dtype whether or not JAX runs in x64."""
-    return jnp.asarray(value).astype(dtype)
+    return value.astype(dtype) if isinstance(value, Array) else np.asarray(value, dtype)
 
 
-def as_length(length: object, labels: Array) -> Array:
+def as_length(length: object, labels: Array) -> Any:
     """The number of real rows of possibly padded labels, as an int32 leaf."""
     if length is None:
         length = labels.shape[0]
@@ -214,4 +214,4 @@ def as_length(length: object, labels: Array) -> Array:
     length = as_integer("length", length, at_least=1)
     if length > labels.shape[0]:
         raise ValueError(f"length is {length}, but there are labels for {labels.shape[0]} steps.")
-    return jnp.asarray(length, jnp.int32)
+    return np.asarray(length, np.int32)
