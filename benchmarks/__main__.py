@@ -2,13 +2,23 @@
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 
-from benchmarks import consistency, infonce
+from benchmarks import cold, consistency, full_batch, infonce, limit, many, neighbors, scaling
 from benchmarks.measure import environment
-from benchmarks.report import RESULTS, table, update_readme
+from benchmarks.report import RESULTS, tables, update_readme
 
-BENCHMARKS = {"infonce": infonce.run, "consistency": consistency.run}
+BENCHMARKS = {
+    "infonce": infonce.run,
+    "scaling": scaling.run,
+    "full_batch": full_batch.run,
+    "neighbors": neighbors.run,
+    "limit": limit.run,
+    "cold": cold.run,
+    "many": many.run,
+    "consistency": consistency.run,
+}
 
 
 def main() -> None:
@@ -28,9 +38,11 @@ def main() -> None:
         parser.error("--readme takes the full cases: leave --quick out")
     results = {}
     for name in arguments.names or BENCHMARKS:
-        comparisons = [comparison.to_dict() for comparison in BENCHMARKS[name](arguments.quick)]
-        results[name] = {"environment": environment(), "comparisons": comparisons}
-        print(f"{table(results[name])}\n")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows = [row.to_dict() for row in BENCHMARKS[name](arguments.quick)]
+        results[name] = {"environment": environment(), "rows": rows}
+        print(f"`{name}`:\n\n{tables(results[name])}\n", flush=True)
         if arguments.readme:
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{name}.json").write_text(json.dumps(results[name], indent=1) + "\n")

@@ -1,7 +1,6 @@
 """Consistency between runs against CEBRA, and against one matrix product of the same size."""
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 
 import jax
@@ -69,13 +68,8 @@ def run(quick: bool) -> list[Comparison]:
     import cebra  # noqa: F401 (its import is no part of what is timed)
 
     sizes = list(itertools.product(NUMBERS, LENGTHS, WIDTHS))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        chosen = [(2, 1_000, 3)] if quick else [*sizes, LARGE]
-        comparisons = []
-        for size in tqdm(chosen, disable=None):
-            comparisons += _compared(size)
-        return comparisons
+    chosen = [(2, 1_000, 3)] if quick else [*sizes, LARGE]
+    return [row for size in tqdm(chosen, disable=None) for row in _compared(size)]
 
 
 def _repeats(columns: int, length: int) -> int:

@@ -1,50 +1,84 @@
-"""The main case against CEBRA: goodness of fit of a model on a recording, 500 batches."""
+"""``infonce_loss`` against CEBRA: encoders and ways of sampling, 500 batches of 512."""
 
-import warnings
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import Comparison, compare
-from cebra_jax_metrics import from_cebra, infonce_loss
+from benchmarks.data import BATCH_SIZE, LABELS, NEURONS, STEPS, fitted, stored
+from benchmarks.measure import Comparison, compare, peak_memory
+from cebra_jax_metrics import from_cebra, infonce_loss, load
 
-STEPS, NEURONS, LABELS, BATCH_SIZE = 10_000, 120, 3, 512
+PEER = "CEBRA 0.6.1"
+MAIN = "offset10-model", "time-delta"
+CASES = (
+    MAIN,
+    ("offset36-model", "time-delta"),
+    ("offset10-model", "mixed"),
+    ("offset10-model", "discrete"),
+    ("offset10-model", "time"),
+    ("offset1-model", "time-delta"),
+    ("offset1-model", "time"),
+    ("offset1-model", "discrete"),
+)
 
 
-def recording() -> tuple[np.ndarray, np.ndarray]:
-    """Spike counts that depend on three smooth labels."""
-    rng = np.random.default_rng(0)
-    labels = rng.normal(size=(STEPS, LABELS)).cumsum(0)
-    labels /= labels.std(0)
-    rates = np.exp(labels @ rng.normal(size=(LABELS, NEURONS)) / 2 - 1)
-    return rng.poisson(rates).astype(np.float32), labels.astype(np.float32)
+def read(data: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The recording and its labels, of the file of ``benchmarks.data.stored``."""
+    with np.load(data) as arrays:
+        return arrays["X"], [arrays[name] for name in arrays.files if name != "X"]
+
+
+def ours_from_files(model: str, data: str, num_batches: str) -> None:
+    """Load and score."""
+    X, labels = read(data)
+    print(infonce_loss(load(model), X, *labels, num_batches=int(num_batches)))
+
+
+def theirs_from_files(model: str, data: str, num_batches: str) -> None:
+    """Load and score with CEBRA."""
+    import cebra
+
+    X, labels = read(data)
+    estimator = cebra.CEBRA.load(model, weights_only=False)
+    metrics = cebra.sklearn.metrics
+    print(metrics.infonce_loss(estimator, X, *labels, num_batches=int(num_batches)))
+
+
+def memory(model: Path, data: Path, num_batches: int) -> dict[str, float]:
+    """Peak memory of both, each in a process of its own, compilation included."""
+    arguments = str(model), str(data), num_batches
+    ours = peak_memory(
+        "benchmarks.infonce:ours_from_files", *arguments, also_import="scipy.spatial"
+    )
+    theirs = peak_memory("benchmarks.infonce:theirs_from_files", *arguments, also_import="cebra")
+    return {"our_memory": ours, "their_memory": theirs}
+
+
+def compared(architecture: str, kind: str, num_batches: int, repeats: int) -> Comparison:
+    """Both on a model that CEBRA trained for some steps."""
+    import cebra
+
+    estimator, X, labels = fitted(architecture, kind)
+    checkpoint = from_cebra(estimator)
+
+    def theirs() -> float:
+        metrics = cebra.sklearn.metrics
+        return metrics.infonce_loss(estimator, X, *labels, num_batches=num_batches)
+
+    def ours() -> float:
+        return infonce_loss(checkpoint, X, *labels, num_batches=num_batches)
+
+    more = {}
+    if (architecture, kind) == MAIN:
+        with stored(architecture, kind) as files:
+            more = memory(*files, num_batches)
+    case = f"{architecture}, {kind}, warm"
+    return compare(case, PEER, ours, theirs, repeats, **more)
 
 
 def run(quick: bool) -> list[Comparison]:
-    """Time ``infonce_loss`` of both on a model that CEBRA trained for some steps."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import cebra
-
-        X, labels = recording()
-        estimator = cebra.CEBRA(
-            model_architecture="offset10-model",
-            batch_size=BATCH_SIZE,
-            max_iterations=20,
-            time_offsets=10,
-            output_dimension=3,
-            device="cpu",
-        ).fit(X, labels)
-        checkpoint = from_cebra(estimator)
-        num_batches, repeats = (20, 2) if quick else (500, 3)
-
-        def theirs() -> float:
-            return cebra.sklearn.metrics.infonce_loss(estimator, X, labels, num_batches=num_batches)
-
-        def ours() -> float:
-            return infonce_loss(checkpoint, X, labels, num_batches=num_batches)
-
-        case = (
-            f"offset10-model, time_delta, {STEPS} steps, {NEURONS} neurons, {LABELS}-D labels, "
-            f"{num_batches} batches of {BATCH_SIZE}, warm"
-        )
-        return [compare(case, f"CEBRA {cebra.__version__}", ours, theirs, repeats)]
+    """All cases on 10 000 steps of 120 neurons with 3-D labels."""
+    print(f"{STEPS} steps, {NEURONS} neurons, {LABELS}-D labels, batches of {BATCH_SIZE}")
+    cases = (MAIN, ("offset1-model", "mixed")) if quick else CASES
+    num_batches, repeats = (20, 1) if quick else (500, 3)
+    return [compared(*case, num_batches, repeats) for case in cases]

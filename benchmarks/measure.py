@@ -7,10 +7,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,42 @@ class Comparison:
     case: str
     peer: str
     ours: list[float]
-    theirs: list[float]
+    theirs: list[float]  # none where it ran out of memory, or was not tried
     headline: bool = True  # belongs into README
     our_memory: float | None = None  # in MB above what imports take
     their_memory: float | None = None
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """How many times faster the project is, by medians."""
+        if not self.theirs or not self.ours:
+            return None
         return statistics.median(self.theirs) / statistics.median(self.ours)
 
     def to_dict(self) -> dict:
         """As JSON can hold it."""
         return asdict(self) | {"ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Times, and peak memory, of one thing at growing sizes."""
+
+    case: str
+    sizes: list[int]
+    seconds: list[float]
+    memory: list[float] = field(default_factory=list)
+    headline: bool = True
+
+    @property
+    def exponent(self) -> float:
+        """Of time as a power of size, over the larger half of the sizes."""
+        half = min(len(self.sizes) // 2, len(self.sizes) - 2)
+        return float(np.polyfit(np.log(self.sizes[half:]), np.log(self.seconds[half:]), 1)[0])
+
+    def to_dict(self) -> dict:
+        """As JSON can hold it."""
+        return asdict(self) | {"exponent": self.exponent}
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -57,6 +82,12 @@ def compare(
     return Comparison(case, peer, [a for a, _ in times], [b for _, b in times], **more)
 
 
+def warm(function: Callable[[], object], repeats: int = 3) -> float:
+    """Median time after one call."""
+    function()
+    return statistics.median(seconds(function) for _ in range(repeats))
+
+
 def peak_memory(function: str, *arguments: object, also_import: str = "") -> float:
     """Peak memory of ``module:function`` in a process of its own, in MB above its imports.
 
@@ -68,9 +99,14 @@ def peak_memory(function: str, *arguments: object, also_import: str = "") -> flo
         f"from benchmarks.measure import high_water\n"
         f"before = high_water(); {name}(*sys.argv[1:]); print(high_water() - before)"
     )
-    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(out.split()[-1])
+    return float(run_python("-c", script, *arguments).split()[-1])
+
+
+def run_python(*arguments: object, environment: dict[str, str] | None = None) -> str:
+    """Run Python in a process of its own; what it prints."""
+    command: Sequence[str] = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    variables = {**os.environ, **(environment or {})}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
 
 
 def high_water() -> float:
@@ -91,4 +127,6 @@ def environment() -> dict[str, str]:
 
 def spread(values: list[float]) -> str:
     """Median and range, in seconds."""
+    if not values:
+        return ""
     return f"{statistics.median(values):.3g} s ({min(values):.3g} to {max(values):.3g})"

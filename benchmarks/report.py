@@ -1,4 +1,4 @@
-"""Results as JSON, and as the Markdown table that README shows."""
+"""Results as JSON, and as the Markdown tables that README shows."""
 
 import json
 import statistics
@@ -11,49 +11,71 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
-def table(result: dict, only_headlines: bool = False) -> str:
-    """A Markdown table of comparisons: medians with their range, and peak memory."""
-    rows = [
-        "| case | here | peer | peer's time | times faster | memory here | peer's |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in result["comparisons"]:
-        if only_headlines and not row["headline"]:
-            continue
-        cells = [
-            row["case"],
-            spread(row["ours"]),
-            row["peer"],
-            spread(row["theirs"]),
-            _digits(statistics.median(row["theirs"]) / statistics.median(row["ours"])),
-            _megabytes(row["our_memory"]),
-            _megabytes(row["their_memory"]),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
+def tables(result: dict, only_headlines: bool = False) -> str:
+    """Markdown tables of comparisons and growths: medians with their range, and peak memory."""
+    rows = [row for row in result["rows"] if row["headline"] or not only_headlines]
+    compared = [row for row in rows if "peer" in row]
+    growing = [row for row in rows if "sizes" in row]
+    parts = []
+    if compared:
+        header = "| case | here | peer | peer's time | times faster | memory here | peer's |"
+        parts.append(
+            "\n".join([header, "|---|---|---|---|---|---|---|", *map(_compared, compared)])
+        )
+    if growing:
+        header = "| case | sizes | seconds | memory | time grows with the power |"
+        parts.append("\n".join([header, "|---|---|---|---|---|", *map(_growing, growing)]))
     versions = ", ".join(f"{name} {value}" for name, value in result["environment"].items())
     note = f"Medians (and ranges) of alternating runs; peak memory above imports; {versions}."
-    return "\n".join(rows) + f"\n\n{note}"
+    return "\n\n".join([*parts, note])
+
+
+def _compared(row: dict) -> str:
+    cells = [
+        row["case"],
+        spread(row["ours"]),
+        row["peer"],
+        spread(row["theirs"]),
+        _digits(row["ours"], row["theirs"]),
+        _megabytes(row["our_memory"]),
+        _megabytes(row["their_memory"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _growing(row: dict) -> str:
+    cells = [
+        row["case"],
+        ", ".join(f"{size:,}".replace(",", " ") for size in row["sizes"]),
+        ", ".join(f"{value:.2g}" for value in row["seconds"]),
+        ", ".join(map(_megabytes, row["memory"])),
+        f"{row['exponent']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _megabytes(value: float | None) -> str:
     return "" if value is None else f"{value:.0f} MB"
 
 
-def _digits(ratio: float) -> str:
+def _digits(ours: list[float], theirs: list[float]) -> str:
+    if not ours or not theirs:
+        return ""
+    ratio = statistics.median(theirs) / statistics.median(ours)
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-def stored_table() -> str:
-    """The table of all stored results."""
+def stored_tables() -> str:
+    """The tables of all stored results."""
     files = sorted(RESULTS.glob("*.json"))
     return "\n\n".join(
-        f"`{file.stem}`:\n\n{table(json.loads(file.read_text()), only_headlines=True)}"
+        f"`{file.stem}`:\n\n{tables(json.loads(file.read_text()), only_headlines=True)}"
         for file in files
     )
 
 
 def update_readme() -> None:
-    """Put the table of the stored results between README's marks."""
+    """Put the tables of the stored results between README's marks."""
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{stored_table()}\n{END}{after}")
+    README.write_text(f"{before}{BEGIN}\n{stored_tables()}\n{END}{after}")

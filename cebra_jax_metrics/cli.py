@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
 def _use_compilation_cache() -> None:
     """Keep what XLA compiles in the user's cache directory, unless JAX was told of another."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cebra_jax_metrics"
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)

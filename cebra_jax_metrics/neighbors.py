@@ -15,6 +15,7 @@ Among equally near labels the earliest time step is returned.
 import time
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +55,12 @@ def nearest(
         under ``jit`` it is so up to float32 rounding.
     """
     length = labels.shape[0] if length is None else length
-    search: Callable[..., Array | np.ndarray] = nearest_under_jit
-    if on_cpu(labels, query, length, groups, query_groups):
-        search = nearest_on_host
-        query = np.asarray(query)
-        query_groups = None if query_groups is None else np.asarray(query_groups)
-    flat_groups = None if query_groups is None else query_groups.reshape(-1)
-    found = search(labels, query.reshape(-1, query.shape[-1]), length, groups, flat_groups)
+    is_on_host = on_cpu(labels, query, length, groups, query_groups)
+    search: Callable[..., Any] = nearest_on_host if is_on_host else nearest_under_jit
+    as_known: Callable[..., Any] = np.asarray if is_on_host else jnp.asarray
+    flat = as_known(query).reshape(-1, query.shape[-1])
+    flat_groups = None if query_groups is None else as_known(query_groups).reshape(-1)
+    found = search(labels, flat, length, groups, flat_groups)
     return jnp.asarray(found.reshape(query.shape[:-1]))
 
 

@@ -15,7 +15,6 @@ import pytest
 from tqdm import tqdm
 
 import cebra_jax_metrics as cjm
-from cebra_jax_metrics import cli
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDING = GOLDEN / "recording.npz"
@@ -456,12 +455,41 @@ def test_progress_bar_only_in_a_terminal(run, monkeypatch, is_terminal):
         assert options.pop("delay") == 1
         return tqdm(*arguments, delay=0, mininterval=0, **options)
 
-    monkeypatch.setattr(cli, "tqdm", impatient)
+    monkeypatch.setattr("tqdm.tqdm", impatient)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     code, out, err = run("score", FAST, RECORDING, "--num-batches", 200, "--labels", "position")
     assert code == 0
     assert "bits" in out
     assert ("batches" in err) == is_terminal
+
+
+def scored_in_a_process(*options, cache, **variables):
+    command = [sys.executable, "-m", "cebra_jax_metrics", *options, "score", FAST, RECORDING]
+    command += [*FEW, "--labels", "position"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **variables}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_compiled_functions_are_kept_in_the_cache_of_the_user(tmp_path):
+    kept, other, broken = (tmp_path / name for name in ("kept", "other", "broken"))
+    out = scored_in_a_process(cache=kept)
+    stored = sorted((kept / "cebra_jax_metrics").glob("*_losses*"))
+    assert stored
+    before = [path.stat().st_mtime_ns for path in stored if path.name.endswith("-cache")]
+    assert scored_in_a_process(cache=kept) == out
+    after = sorted((kept / "cebra_jax_metrics").glob("*_losses*-cache"))
+    assert [path.stat().st_mtime_ns for path in after] == before
+    assert scored_in_a_process("--no-cache", cache=other) == out
+    assert not other.exists()
+    mine = tmp_path / "mine"
+    assert scored_in_a_process(cache=other, JAX_COMPILATION_CACHE_DIR=str(mine)) == out
+    assert not other.exists()
+    broken.write_text("no folder")
+    assert scored_in_a_process(cache=broken) == out
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

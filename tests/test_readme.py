@@ -34,9 +34,9 @@ def test_everything_public_has_a_docstring():
 
 
 def test_benchmark_table_is_that_of_the_stored_results():
-    from benchmarks.report import BEGIN, END, stored_table
+    from benchmarks.report import BEGIN, END, stored_tables
 
-    assert README.split(BEGIN)[1].split(END)[0].strip() == stored_table().strip()
+    assert README.split(BEGIN)[1].split(END)[0].strip() == stored_tables().strip()
 
 
 def test_demo_output():
