@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_integer, as_key, is_traced
+from cebra_jax_metrics.arrays import as_integer, as_key, is_traced, on_cpu
 from cebra_jax_metrics.encoders import Encoder
 from cebra_jax_metrics.infonce import InfoNCE, chance_level
 from cebra_jax_metrics.model import (
@@ -126,14 +127,17 @@ def draw(
     """
     batch_size = _batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
-    proposal = _propose(
-        as_key(key),
-        sampler.padded() if isinstance(sampler, SampleInTwoSteps) else sampler,
-        start,
-        batch_size=batch_size,
-        num_batches=num_batches,
-    )
-    return sampler.complete(proposal)
+    # While something else is traced, known draws are made at once, on the host.
+    known = on_cpu(key, *jax.tree.leaves(sampler))
+    with jax.ensure_compile_time_eval() if known else nullcontext():
+        proposal = _propose(
+            as_key(key),
+            sampler.padded() if isinstance(sampler, SampleInTwoSteps) else sampler,
+            start,
+            batch_size=batch_size,
+            num_batches=num_batches,
+        )
+        return sampler.complete(proposal)
 
 
 def _batch_size(sampler: Sampler, batch_size: int | None) -> int:

@@ -219,6 +219,7 @@ def encode_recording(encoder: Encoder, X: Any, *, pad: bool = False) -> Windows:
     left, right = encoder.offset if pad else (0, 1)
     number = X.shape[0] + left + right - encoder.receptive_field
     if not on_cpu(X, *jax.tree.leaves(encoder)):
+        X = X if isinstance(X, Array) else _as_jax_has_it(as_numpy(X[0 : X.shape[0]]))
         check_finite(X, "X")
         return Windows(_encode(encoder, X, pad=pad), number)
     with jax.ensure_compile_time_eval():  # also while tracing, known values are worked on at once
@@ -229,6 +230,14 @@ def encode_recording(encoder: Encoder, X: Any, *, pad: bool = False) -> Windows:
             block = read(start - left, start - left + steps)
             rows = _encode_chunk(rows, encoder, block, np.int32(start))
     return Windows(rows, np.int32(number))
+
+
+def _as_jax_has_it(X: np.ndarray) -> np.ndarray:
+    """Wide numbers as float32, unless JAX runs in x64."""
+    if X.dtype.itemsize <= 4 or jax.config.read("jax_enable_x64"):
+        return X
+    with np.errstate(over="ignore"):
+        return X.astype(np.float32)
 
 
 class _Reader:
@@ -242,10 +251,7 @@ class _Reader:
         """Rows ``[start, stop)``: before the first its copies, behind the last its copies."""
         first, last = max(start, 0), min(stop, self.length)
         here = self.start + len(self.kept)
-        new = as_numpy(self.X[here:last])
-        if new.dtype.itemsize > 4 and not jax.config.read("jax_enable_x64"):
-            with np.errstate(over="ignore"):
-                new = new.astype(np.float32)
+        new = _as_jax_has_it(as_numpy(self.X[here:last]))
         check_finite(new, "X")
         self.kept = np.concatenate([self.kept[first - self.start :], new])
         self.start = first

@@ -80,7 +80,8 @@ def nearest_on_host(
     nearest = np.zeros(len(query), np.int32)
     for group in np.unique(query_groups):
         members, asking = np.flatnonzero(groups == group), np.flatnonzero(query_groups == group)
-        nearest[asking] = members[_search_host(labels[members], query[asking])]
+        found = _search_host(labels[members], np.take(query, asking, axis=0))
+        nearest[asking] = members[found]
     return nearest
 
 
@@ -129,7 +130,7 @@ class _Tree:
         they did elsewhere, so that it does not depend on the queries.
         """
         labels = self.labels.astype(np.float32)
-        steps = np.random.default_rng(0).integers(0, len(labels), (2, min(2048, len(labels))))
+        steps = np.random.default_rng(0).integers(0, len(labels), (2, min(512, len(labels))))
         near = labels[steps[0]] + (labels[steps[1]] - labels[steps[1] - 1])
         distance, _ = self.tree.query(near.astype(float), k=2, workers=-1)
         return bool((distance[:, 0] == distance[:, 1]).any())

@@ -225,6 +225,24 @@ def test_dtypes_in_and_out():
     np.testing.assert_allclose(estimate.loss, narrow.loss, rtol=1e-5)
 
 
+def test_stacked_models_however_they_are_mapped():
+    """Draws that do not depend on the model are made once, on the host."""
+    models = [make_model(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+
+    def losses(one):
+        return estimate_infonce(KEY, one, X, SAMPLER, **SIZES).per_batch
+
+    expected = jnp.stack([losses(one) for one in models])
+    for mapped in (jax.vmap(losses)(stacked), jax.lax.map(losses, stacked)):
+        np.testing.assert_allclose(mapped, expected, rtol=1e-6)
+    text = str(jax.make_jaxpr(lambda stacked: jax.lax.map(losses, stacked))(stacked))
+    assert "random_bits" not in text
+    on_disk = OnDisk(X)
+    mapped = jax.vmap(lambda one: estimate_infonce(KEY, one, on_disk, SAMPLER, **SIZES).loss)
+    np.testing.assert_allclose(mapped(stacked), expected.mean(1), rtol=1e-6)
+
+
 def test_known_arrays_inside_jit():
     """Arrays that a jitted function closes over are checked while it is traced."""
     recording, batch = jnp.asarray(X), draw(KEY, SAMPLER, 16, 2)

@@ -258,12 +258,12 @@ def multisession_infonce_loss(
     recordings = [as_recording(x, e, i) for i, (x, e) in enumerate(zip(X, encoders, strict=True))]
     labels = [_label_array(label) for label in y[0]]
     for session, (x, label) in enumerate(zip(recordings, labels, strict=True)):
-        if np.ndim(label) and len(x) != len(label):
+        if np.ndim(label) and x.shape[0] != len(label):
             raise ValueError(
                 f"Invalid number of samples in session {session} for set of label 0: X has "
-                f"{len(x)}, while y has {len(label)}"
+                f"{x.shape[0]}, while y has {len(label)}"
             )
-        _check_labels(checkpoint.settings, [label], len(x), session)
+        _check_labels(checkpoint.settings, [label], x.shape[0], session)
     if len({np.issubdtype(label.dtype, np.integer) for label in labels}) > 1:
         raise ValueError(
             f"Some sessions have integer labels, others floats: {[str(y.dtype) for y in labels]}."
@@ -302,8 +302,8 @@ def score(
     encoder = select_encoder(checkpoint, session_id)
     X = as_recording(X, encoder, session_id)
     labels = [_label_array(label) for label in y]
-    _check_labels(checkpoint.settings, labels, len(X), session_id)
-    sampler = sampler_for(checkpoint.settings, len(X), labels, encoder.offset)
+    _check_labels(checkpoint.settings, labels, X.shape[0], session_id)
+    sampler = sampler_for(checkpoint.settings, X.shape[0], labels, encoder.offset)
     _check_used(settings, sampler, bool(labels))
     return _estimated(
         checkpoint,
