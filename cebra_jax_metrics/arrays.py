@@ -118,10 +118,11 @@ def size_class(number: int) -> int:
     return -(-number // size) * size
 
 
-def pad_rows(x: ArrayLike) -> np.ndarray:
-    """Zeros behind the last row, up to the size class."""
-    x = np.asarray(x)
-    return np.pad(x, [(0, size_class(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1))
+def pad_rows(x: Any) -> Any:
+    """Zeros behind the last row, up to the size class; NumPy, or on the device where it is."""
+    xp = np if on_cpu(x) else jnp
+    x = xp.asarray(x)
+    return xp.pad(x, [(0, size_class(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
 def map_rows(function: Callable[..., Any], arrays: tuple[Array, ...], block_size: int) -> Any:

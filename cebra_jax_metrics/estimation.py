@@ -130,12 +130,10 @@ def draw(
     # While something else is traced, known draws are made at once, on the host.
     known = on_cpu(key, *jax.tree.leaves(sampler))
     with jax.ensure_compile_time_eval() if known else nullcontext():
+        if isinstance(sampler, SampleInTwoSteps):
+            sampler = sampler.padded()
         proposal = _propose(
-            as_key(key),
-            sampler.padded() if isinstance(sampler, SampleInTwoSteps) else sampler,
-            start,
-            batch_size=batch_size,
-            num_batches=num_batches,
+            as_key(key), sampler, start, batch_size=batch_size, num_batches=num_batches
         )
         return sampler.complete(proposal)
 

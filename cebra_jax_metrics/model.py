@@ -199,7 +199,7 @@ class Windows:
     """
 
     rows: Array
-    number: ArrayLike
+    number: Any
 
 
 def encode_recording(encoder: Encoder, X: Any, *, pad: bool = False) -> Windows:
@@ -221,7 +221,11 @@ def encode_recording(encoder: Encoder, X: Any, *, pad: bool = False) -> Windows:
     if not on_cpu(X, *jax.tree.leaves(encoder)):
         X = X if isinstance(X, Array) else _as_jax_has_it(as_numpy(X[0 : X.shape[0]]))
         check_finite(X, "X")
-        return Windows(_encode(encoder, X, pad=pad), number)
+        if is_traced(X, *jax.tree.leaves(encoder)):
+            return Windows(_encode(encoder, X, pad=pad), number)
+        every = np.arange(size_class(number) + encoder.receptive_field - 1) - left
+        X = jnp.take(X, np.clip(every, 0, X.shape[0] - 1), axis=0)  # on an accelerator, in one go
+        return Windows(_encode(encoder, X, pad=False), np.int32(number))
     with jax.ensure_compile_time_eval():  # also while tracing, known values are worked on at once
         rows = jnp.zeros((size_class(number), encoder.output_dimension), encoder.dtype)
         steps = CHUNK + encoder.receptive_field - 1
@@ -290,9 +294,9 @@ def embed(
         settings = model.settings if isinstance(model, Checkpoint) else {}
         pad = settings.get("pad_before_transform", True)
     windows = encode_recording(encoder, as_recording(X, encoder, session_id), pad=bool(pad))
-    if on_cpu(windows.rows):
+    if on_cpu(windows.rows):  # without compiling for each length
         return jnp.asarray(np.asarray(windows.rows)[: windows.number])
-    return windows.rows
+    return windows.rows[: int(windows.number)]
 
 
 _encode = jax.jit(Encoder.encode, static_argnames="pad")

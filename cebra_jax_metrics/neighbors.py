@@ -189,7 +189,8 @@ def _along_curve(points: np.ndarray, box: np.ndarray) -> np.ndarray:
 def _search_product(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
     """The jitted search in float64, for blocks of queries of one size so that it compiles once."""
     number = len(query)
-    with jax.enable_x64(True):
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.enable_x64(True), jax.default_device(cpu):
         padded, queries = pad_rows(labels), np.pad(query, ((0, -number % HOST_QUERIES), (0, 0)))
         found = [
             np.asarray(nearest_under_jit(padded, queries[i : i + HOST_QUERIES], len(labels)))

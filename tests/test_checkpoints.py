@@ -812,7 +812,7 @@ def test_names_that_start_with_a_digit_need_not_be_sessions(monkeypatch):
         state, model_architecture="sequential", num_neurons=4, output_dimension=3
     )
     X = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    np.testing.assert_array_equal(cjm.embed(checkpoint, X), encoder.encode(X))
+    np.testing.assert_allclose(cjm.embed(checkpoint, X), encoder.encode(X), rtol=1e-5, atol=1e-6)
 
 
 def test_state_dict_of_a_hybrid_model_has_a_prefix():

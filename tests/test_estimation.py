@@ -198,6 +198,17 @@ def test_chunks_are_the_whole(length, pad):
     assert (on_disk.reads == 1).all()
 
 
+@pytest.mark.parametrize("length", [5, 4097])
+@pytest.mark.parametrize("pad", [False, True])
+def test_on_an_accelerator_the_recording_is_embedded_at_once(length, pad, monkeypatch):
+    """There is none here: the way that is taken there, on the CPU."""
+    recording = RNG.normal(size=(length, 6)).astype(np.float32)
+    expected = embed(MODEL, recording, pad=pad)
+    monkeypatch.setattr(model, "on_cpu", lambda *arrays: False)
+    for X in (recording, jnp.asarray(recording), OnDisk(recording)):
+        np.testing.assert_allclose(embed(MODEL, X, pad=pad), expected, atol=1e-6)
+
+
 def test_memory_maps_and_recordings_on_disk(tmp_path):
     np.save(tmp_path / "X.npy", X)
     expected = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_array, as_integer, as_key, is_traced, on_cpu, pad_rows
+from cebra_jax_metrics.arrays import as_array, as_integer, as_key, is_traced, pad_rows
 
 T = TypeVar("T")
 Leaf = Any  # anything array-like when a user passes it, an array once the sampler is made
@@ -67,8 +67,7 @@ class SampleInTwoSteps:
 
     def padded(self: T) -> T:
         """The same sampler with labels padded to their size class, which share a compilation."""
-        leaves = jax.tree.leaves(self)
-        if not on_cpu(*leaves):
+        if is_traced(*jax.tree.leaves(self)):
             return self
         return jax.tree.map(lambda leaf: pad_rows(leaf) if np.ndim(leaf) else leaf, self)
 
