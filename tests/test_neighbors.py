@@ -124,14 +124,14 @@ def test_single_label():
         np.testing.assert_array_equal(search(labels[:, :1], query[:, :1], 1), [0, 0, 0])
 
 
-@pytest.mark.parametrize("rest", [1, 20])
+@pytest.mark.parametrize("rest", [1, 20, 400])
 def test_ties_of_labels_that_rest_on_a_grid(rest):
     """Changes of several steps lead to places between labels, equally near to some of them."""
     rng = np.random.default_rng(6)
-    path = np.clip(rng.integers(-1, 2, (4000 // rest, 2)).cumsum(0), -30, 30)
+    path = np.clip(rng.integers(-1, 2, (40_000 // rest, 2)).cumsum(0), -30, 30)
     labels = np.repeat(path, rest, axis=0).astype(np.float32)
-    change = labels[40:] - labels[:-40]
-    query = labels[rng.integers(0, len(labels), 3000)] + rng.permutation(change)[:3000]
+    change = labels[400:] - labels[:-400]
+    query = labels[rng.integers(0, len(labels), 300)] + rng.permutation(change)[:300]
     expected = squared_distances(labels, query).argmin(1)  # the earliest
     np.testing.assert_array_equal(nearest_on_host(labels, query, len(labels)), expected)
     np.testing.assert_array_equal(nearest_under_jit(labels, query, len(labels)), expected)
