@@ -5,7 +5,17 @@ import json
 import warnings
 from pathlib import Path
 
-from benchmarks import cold, consistency, full_batch, infonce, limit, many, neighbors, scaling
+from benchmarks import (
+    cold,
+    consistency,
+    devices,
+    full_batch,
+    infonce,
+    limit,
+    many,
+    neighbors,
+    scaling,
+)
 from benchmarks.measure import environment
 from benchmarks.report import RESULTS, tables, update_readme
 
@@ -18,6 +28,7 @@ BENCHMARKS = {
     "cold": cold.run,
     "many": many.run,
     "consistency": consistency.run,
+    "devices": devices.run,
 }
 
 

@@ -34,6 +34,7 @@ from cebra_jax_metrics.metrics import (
 )
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, embed
 from cebra_jax_metrics.plotting import plot_consistency
+from cebra_jax_metrics.sharding import spread
 
 __version__ = "0.1.0"
 
@@ -79,6 +80,8 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "to_state_dict",
     "architecture_names",
     "register_architecture",
+    # many devices
+    "spread",
     # sampling
     "samplers",
 ]

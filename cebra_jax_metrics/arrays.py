@@ -40,9 +40,11 @@ def as_rows(x: Any) -> Any:
 
 
 def on_cpu(*arrays: object) -> bool:
-    """Whether all values are known and in the CPU's memory."""
+    """Whether all values are known and in the memory of this process's CPU."""
     return all(
-        not isinstance(x, jax.core.Tracer) and all(d.platform == "cpu" for d in x.devices())
+        not isinstance(x, jax.core.Tracer)
+        and all(device.platform == "cpu" for device in x.devices())
+        and (x.is_fully_addressable or x.is_fully_replicated)
         for x in arrays
         if isinstance(x, Array)
     )
@@ -81,6 +83,12 @@ def check_finite(x: Array | np.ndarray, what: str) -> None:
         return
     found = "NaN" if has_nan else f"infinity or a value too large for {x.dtype}"
     raise ValueError(f"Input contains {found}. Interpolate or drop these time steps of {what}.")
+
+
+def wide(dtype: Any) -> np.dtype:
+    """The dtype to compute in: the same if it is of floats of at least 32 bits, else float32."""
+    is_wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
+    return dtype if is_wide else np.dtype(np.float32)
 
 
 def as_integer(name: str, value: Any, at_least: int) -> int:

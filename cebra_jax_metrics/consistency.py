@@ -10,6 +10,7 @@ moments of some rows less give every cross-validation fit, and a circular cross-
 y gives R² at every time shift.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.alignment import bin_means
-from cebra_jax_metrics.arrays import as_integer
+from cebra_jax_metrics.arrays import as_integer, wide
+from cebra_jax_metrics.sharding import first_item, spread
 
 Terms = Callable[[Array, Array], Any]
 HIGHEST = lax.Precision.HIGHEST
@@ -34,9 +37,13 @@ BLOCK_SIZE = 2048
 SAMPLES_AT_A_TIME = 16
 
 
-@partial(jax.jit, static_argnames=("cv", "block_size"))
 def consistency_matrix(
-    embeddings: Sequence[Array], *, cv: int | None = None, block_size: int = BLOCK_SIZE
+    embeddings: Sequence[Array],
+    *,
+    cv: int | None = None,
+    block_size: int = BLOCK_SIZE,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> Array:
     """R² of the linear regression from every embedding to every other one.
 
@@ -48,6 +55,8 @@ def consistency_matrix(
         cv: Number of contiguous folds of rows, each predicted by the fit to all others; ``None``
             scores the rows that were fitted.
         block_size: Rows worked on at a time.
+        mesh: Devices to spread the rows over (:func:`~cebra_jax_metrics.spread`).
+        axis_name: The axis of the mesh, where it has several.
 
     Returns:
         ``(M, M)``: at i, j the R² of predicting embedding j from embedding i, averaged over j's
@@ -71,18 +80,38 @@ def consistency_matrix(
         raise ValueError(f"Expected arrays (rows, features) of equal length, got {shapes}.")
     if min(shapes)[0] < 2 or min(shape[1] for shape in shapes) < 1:
         raise ValueError(f"Expected at least two rows and one feature, got shapes {shapes}.")
-    rows = _Rows(embeddings, as_integer("block_size", block_size, at_least=1))
+    return spread(
+        _matrix,
+        (),
+        tuple(embeddings),
+        mesh=mesh,
+        axis_name=axis_name,
+        reduces=True,
+        folds=None if cv is None else _folds(shapes[0][0], cv),
+        block_size=as_integer("block_size", block_size, at_least=1),
+    )
+
+
+@partial(jax.jit, static_argnames=("folds", "block_size", "axis_name", "number"))
+def _matrix(
+    embeddings: Sequence[Array],
+    *,
+    folds: tuple[tuple[int, int], ...] | None,
+    block_size: int,
+    axis_name: str | None,
+    number: int,
+) -> Array:
+    rows = _Rows(embeddings, block_size, axis_name, number)
     moments = rows.moments()
     bases, is_ill = _bases(rows, moments)
     total = jnp.einsum("jqjq->jq", moments)
-    if cv is None:
+    if folds is None:
         explained = _explained(moments, lax.stop_gradient(bases))
     else:
-        folds = _folds(rows.number, cv)
         # With fewer rows to fit than columns the fit depends on the coordinates: they are only
         # changed where it does not, and where digits would be lost.
-        fitted_rows = rows.number - np.max(folds[:, 1] - folds[:, 0])
-        changes = is_ill & jnp.asarray(np.array([shape[1] for shape in shapes]) < fitted_rows)
+        fitted_rows = number - max(stop - start for start, stop in folds)
+        changes = is_ill & jnp.asarray(np.array([x.shape[1] for x in embeddings]) < fitted_rows)
         identity = jnp.eye(bases.shape[1], dtype=bases.dtype)
         columns = jnp.where(changes[:, None, None], bases, identity[None])
         explained = total[None] - _held_out_error(rows, columns, folds)
@@ -156,9 +185,13 @@ def against_null(observed: ArrayLike, null: ArrayLike, quantiles: ArrayLike) -> 
     )
 
 
-@partial(jax.jit, static_argnames="min_shift")
 def shift_test(
-    embeddings: Sequence[Array], quantiles: Array, *, min_shift: int = 1
+    embeddings: Sequence[Array],
+    quantiles: Array,
+    *,
+    min_shift: int = 1,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> tuple[NullTest, NullTest]:
     """The consistency of runs against all circular time shifts of one against the other.
 
@@ -166,29 +199,57 @@ def shift_test(
         embeddings: M arrays ``(rows, features)`` of equal length.
         quantiles: Levels ``(quantiles,)``.
         min_shift: The smallest shift that belongs to the null distribution, either way.
+        mesh: Devices to spread the pairs over (:func:`~cebra_jax_metrics.spread`).
+        axis_name: The axis of the mesh, where it has several.
 
     Returns:
         The test of every ordered pair ``(M (M - 1),)``, and that of their mean. For the mean,
         embedding m is shifted by m times the shift, so that the shifts of all form a group; a few
         of them leave two embeddings as they are to each other.
     """
-    spectra = _Spectra.of(embeddings)
-    number = spectra.number
-    shifts = jnp.arange(number)
-
-    def test(mean: Array, pair: tuple[Array, Array]) -> tuple[Array, NullTest]:
-        i, j = pair
-        scores = spectra.under_shifts(i, j)
-        result = against_null(scores[0], scores[min_shift : number + 1 - min_shift], quantiles)
-        return mean + scores[(j - i) * shifts % number], result
-
-    pairs = np.argwhere(~np.eye(len(embeddings), dtype=bool))
-    source, target = jnp.asarray(pairs.T)
-    total, each = lax.scan(test, jnp.zeros(number, spectra.weights.dtype), (source, target))
-    mean = total / len(pairs)
-    null = mean[min_shift : number + 1 - min_shift]
+    each, total = spread(
+        _shift_pairs,
+        (tuple(embeddings), quantiles),
+        np.argwhere(~np.eye(len(embeddings), dtype=bool)),
+        mesh=mesh,
+        axis_name=axis_name,
+        reduces=True,
+        min_shift=min_shift,
+    )
+    mean = total / len(each.observed)
+    null = mean[min_shift : len(mean) + 1 - min_shift]
     each = each._replace(null_quantiles=each.null_quantiles.T)
     return each, against_null(mean[0], null, quantiles)
+
+
+@partial(jax.jit, static_argnames=("min_shift", "axis_name", "number"))
+def _shift_pairs(
+    embeddings: Sequence[Array],
+    quantiles: Array,
+    pairs: Array,
+    *,
+    min_shift: int,
+    axis_name: str | None,
+    number: int,
+) -> tuple[NullTest, Array]:
+    """The test of every pair, and the sum of their scores at every shift ``(rows,)``."""
+    spectra = _Spectra.of(embeddings)
+    shifts = jnp.arange(spectra.number)
+
+    def test(total: Array, item: tuple[Array, Array]) -> tuple[Array, NullTest]:
+        (i, j), is_real = item
+        scores = spectra.under_shifts(i, j)
+        null = scores[min_shift : spectra.number + 1 - min_shift]
+        added = jnp.where(is_real, scores[(j - i) * shifts % spectra.number], 0)
+        return total + added, against_null(scores[0], null, quantiles)
+
+    is_real = first_item(len(pairs), axis_name) + jnp.arange(len(pairs)) < number
+    zeros = jnp.zeros(spectra.number, spectra.weights.dtype)
+    total, each = lax.scan(test, zeros, (jnp.asarray(pairs), is_real))
+    if axis_name is None:
+        return each, total
+    each = jax.tree.map(lambda x: lax.all_gather(x, axis_name, tiled=True)[:number], each)
+    return each, lax.psum(total, axis_name)
 
 
 class Relabelled(NamedTuple):
@@ -205,7 +266,6 @@ class Relabelled(NamedTuple):
     both: Array
 
 
-@partial(jax.jit, static_argnames=("num_bins", "margin", "reach", "permute", "min_shift"))
 def relabelled_consistency(
     keys: Array,
     embeddings: Sequence[Array],
@@ -216,6 +276,8 @@ def relabelled_consistency(
     reach: int,
     permute: bool = False,
     min_shift: int = 1,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> Relabelled:
     """The consistency of datasets whose labels are shifted or permuted before alignment.
 
@@ -228,11 +290,38 @@ def relabelled_consistency(
         reach: How far an empty bin may reach (:func:`~cebra_jax_metrics.alignment.bin_means`).
         permute: Permute the labels of each instead of shifting them circularly.
         min_shift: The smallest shift, either way.
+        mesh: Devices to spread the samples over (:func:`~cebra_jax_metrics.spread`).
+        axis_name: The axis of the mesh, where it has several.
 
     Returns:
         For every key matrices of scores ``(samples, M, M)``.
     """
+    return spread(
+        _relabelled,
+        (tuple(embeddings), tuple(places)),
+        keys,
+        mesh=mesh,
+        axis_name=axis_name,
+        num_bins=num_bins,
+        margin=margin,
+        reach=reach,
+        permute=permute,
+        min_shift=min_shift,
+    )
 
+
+@partial(jax.jit, static_argnames=("num_bins", "margin", "reach", "permute", "min_shift"))
+def _relabelled(
+    embeddings: Sequence[Array],
+    places: Sequence[Array],
+    keys: Array,
+    *,
+    num_bins: int,
+    margin: int,
+    reach: int,
+    permute: bool,
+    min_shift: int,
+) -> Relabelled:
     def align(x: Array, place: Array) -> Array:
         every = jnp.ones(len(x), bool)
         means, _ = bin_means(x, place, every, num_bins=num_bins, reach=reach)
@@ -265,28 +354,53 @@ def relabelled_consistency(
 
 
 class _Rows:
-    """All embeddings side by side, padded with zero columns to one width, centred, in blocks."""
+    """All embeddings side by side, padded with zero columns to one width, centred, in blocks.
 
-    def __init__(self, embeddings: Sequence[Array], block_size: int) -> None:
-        dtype = jnp.result_type(*embeddings)
-        is_wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 4
-        self.dtype = dtype if is_wide else jnp.dtype(jnp.float32)
+    Of the ``number`` rows of all devices along ``axis_name``, those of this one; on the last ones
+    there may be copies of the last row behind it, which count nothing.
+    """
+
+    def __init__(
+        self,
+        embeddings: Sequence[Array],
+        block_size: int,
+        axis_name: str | None = None,
+        number: int | None = None,
+    ) -> None:
+        self.dtype = wide(jnp.result_type(*embeddings))
         embeddings = [x.astype(self.dtype) for x in embeddings]
-        self.embeddings = embeddings
-        self.number = len(embeddings[0])
-        self.block_size = min(block_size, self.number)
+        self.embeddings, self.axis_name = embeddings, axis_name
+        self.own = len(embeddings[0])
+        self.number = self.own if number is None else number
+        self.block_size = min(block_size, self.own)
+        self.start = first_item(self.own, axis_name)
+        is_real = (self.start + jnp.arange(self.own) < self.number)[:, None]
         # From the first row on, so that the mean of a constant column is that constant.
-        self.means = [x[:1] + jnp.mean(x - x[:1], axis=0, keepdims=True) for x in embeddings]
+        first = [self._of_all(jnp.where(self.start == 0, x[:1], 0)) for x in embeddings]
+        rests = [jnp.where(is_real, x - x0, 0) for x, x0 in zip(embeddings, first, strict=True)]
+        sums = [self._of_all(jnp.sum(rest, axis=0, keepdims=True)) for rest in rests]
+        self.means = [x0 + total / self.number for x0, total in zip(first, sums, strict=True)]
         # R² does not depend on the scale, but moments of very large or small numbers overflow.
-        self.scales = [_power_of_two(jnp.max(jnp.abs(x))) for x in embeddings]
+        self.scales = [_power_of_two(self._largest(x)) for x in embeddings]
         widths = np.array([x.shape[1] for x in embeddings])
         self.shape = len(widths), int(widths.max())
-        is_real = np.arange(self.shape[1]) < widths[:, None]
-        self.weights = jnp.asarray(is_real / widths[:, None], self.dtype)
+        is_column = np.arange(self.shape[1]) < widths[:, None]
+        self.weights = jnp.asarray(is_column / widths[:, None], self.dtype)
+
+    def _of_all(self, x: Any) -> Any:
+        """Sum over all devices."""
+        return x if self.axis_name is None else lax.psum(x, self.axis_name)
+
+    def _largest(self, x: Array) -> Array:
+        largest = lax.stop_gradient(jnp.max(jnp.abs(x)))
+        return largest if self.axis_name is None else lax.pmax(largest, self.axis_name)
 
     def block(self, start: Array | int, stop: Array | int) -> tuple[Array, Array]:
-        """``(block, embeddings, features)``; ones for rows from start to stop, zeros for others."""
-        first = jnp.minimum(start, self.number - self.block_size)
+        """``(block, embeddings, features)``; ones for rows from start to stop, zeros for others.
+
+        Rows are counted on this device.
+        """
+        first = jnp.minimum(start, self.own - self.block_size)
         steps = first + jnp.arange(self.block_size)
         parts = []
         for x, mean, scale in zip(self.embeddings, self.means, self.scales, strict=True):
@@ -297,7 +411,9 @@ class _Rows:
 
     def sum(self, terms: Terms, start: Array | int = 0, stop: Array | int | None = None) -> Any:
         """Sum of ``terms(block, is_asked)`` over the blocks of all rows, or of those asked for."""
-        end = self.number if stop is None else stop
+        is_all, end = stop is None, self.number if stop is None else stop
+        if self.axis_name is not None:
+            start, end = (jnp.clip(row - self.start, 0, self.own) for row in (start, end))
 
         def add(number: Array, total: Any) -> Any:
             new = terms(*self.block(start + number * self.block_size, end))
@@ -305,7 +421,9 @@ class _Rows:
 
         shapes = jax.eval_shape(lambda: terms(*self.block(start, end)))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return lax.fori_loop(0, -(-(end - start) // self.block_size), add, zeros)
+        # Reverse-mode differentiation needs to know the number of blocks.
+        blocks = -(-(self.own if is_all else end - start) // self.block_size)
+        return self._of_all(lax.fori_loop(0, blocks, add, zeros))
 
     def moments(self) -> Array:
         """Second moments ``(embeddings, features, embeddings, features)``."""
@@ -395,16 +513,16 @@ def _share(explained: Array, total: Array) -> Array:
     return jnp.where(is_constant, jnp.ones_like(share), share)
 
 
-def _folds(number: int, cv: int) -> np.ndarray:
-    """``(folds, 2)``: first row of every contiguous fold, and the one after its last."""
+def _folds(number: int, cv: int) -> tuple[tuple[int, int], ...]:
+    """First row of every contiguous fold, and the one after its last."""
     cv = as_integer("cv", cv, at_least=2)
     if cv > number:
         raise ValueError(f"cv={cv} folds need at least {cv} rows, got {number}.")
-    stops = np.cumsum([len(part) for part in np.array_split(np.arange(number), cv)])
-    return np.stack([np.concatenate([[0], stops[:-1]]), stops], axis=1)
+    stops = np.cumsum([len(part) for part in np.array_split(np.arange(number), cv)]).tolist()
+    return tuple(itertools.pairwise([0, *stops]))
 
 
-def _held_out_error(rows: _Rows, columns: Array, folds: np.ndarray) -> Array:
+def _held_out_error(rows: _Rows, columns: Array, folds: tuple[tuple[int, int], ...]) -> Array:
     """Squared error of predicting each fold from the fit to all others, summed over rows.
 
     Args:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import as_integer, as_key, is_traced, on_cpu
@@ -38,6 +38,7 @@ from cebra_jax_metrics.samplers import (
     Sampler,
 )
 from cebra_jax_metrics.samplers.base import SampleInTwoSteps
+from cebra_jax_metrics.sharding import check_enough, checked_mesh, from_shares, placed, spread
 
 # How many positives to look for at a time: bounds memory, and paces the progress bar.
 MAX_QUERIES_AT_ONCE = 2**18
@@ -105,7 +106,14 @@ class Estimate:
 
 
 def draw(
-    key: Array, sampler: Sampler, batch_size: int | None, num_batches: int, *, start: int = 0
+    key: Array,
+    sampler: Sampler,
+    batch_size: int | None,
+    num_batches: int,
+    *,
+    start: int = 0,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> Any:
     """Draw batches of indices; batch i depends on ``fold_in(key, i)`` and nothing else.
 
@@ -116,26 +124,35 @@ def draw(
             length, since draws are with replacement. ``None`` with ``samplers.FullBatch`` only.
         num_batches: How many batches.
         start: Number of the first one, to draw many in several calls.
+        mesh: Devices to spread the batches over (:func:`spread`); each process draws its own.
+        axis_name: The axis of the mesh, where it has several.
 
     Returns:
         int32 indices, ``(num_batches, batch_size)`` each: a ``samplers.Batch``, or the batch that
         the sampler says.
 
     Raises:
-        ValueError: A size is below 1.
+        ValueError: A size is below 1, or the mesh does not fit.
         TypeError: The key is no JAX key, or a size no integer.
     """
     batch_size = _batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
+    key = as_key(key)
+    if not on_cpu(key, *jax.tree.leaves(sampler)):
+        shared, numbers = (key, _padded(sampler)), np.arange(start, start + num_batches)
+        return spread(_draw, shared, numbers, mesh=mesh, axis_name=axis_name, batch_size=batch_size)
     # While something else is traced, known draws are made at once, on the host.
-    known = on_cpu(key, *jax.tree.leaves(sampler))
-    with jax.ensure_compile_time_eval() if known else nullcontext():
-        if isinstance(sampler, SampleInTwoSteps):
-            sampler = sampler.padded()
-        proposal = _propose(
-            as_key(key), sampler, start, batch_size=batch_size, num_batches=num_batches
-        )
-        return sampler.complete(proposal)
+    with jax.ensure_compile_time_eval():
+        padded = _padded(sampler)
+
+        def some(first: int, last: int) -> Any:
+            return _draw(key, padded, start + np.arange(first, last), batch_size=batch_size)
+
+        return from_shares(some, num_batches, mesh, axis_name)
+
+
+def _padded(sampler: Sampler) -> Sampler:
+    return sampler.padded() if isinstance(sampler, SampleInTwoSteps) else sampler
 
 
 def _batch_size(sampler: Sampler, batch_size: int | None) -> int:
@@ -149,11 +166,14 @@ def _batch_size(sampler: Sampler, batch_size: int | None) -> int:
     return sampler.batch_size
 
 
-@partial(jax.jit, static_argnames=("batch_size", "num_batches"))
-def _propose(
-    key: Array, sampler: Sampler, start: ArrayLike, *, batch_size: int, num_batches: int
-) -> Proposal:
-    numbers = jnp.arange(num_batches, dtype=jnp.uint32) + jnp.asarray(start).astype(jnp.uint32)
+def _draw(key: Array, sampler: Sampler, numbers: ArrayLike, *, batch_size: int) -> Any:
+    """The batches of given numbers."""
+    numbers = jnp.asarray(numbers, jnp.uint32)
+    return sampler.complete(_propose(key, sampler, numbers, batch_size=batch_size))
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def _propose(key: Array, sampler: Sampler, numbers: Array, *, batch_size: int) -> Proposal:
     return jax.vmap(lambda i: sampler.propose(jax.random.fold_in(key, i), batch_size))(numbers)
 
 
@@ -165,6 +185,8 @@ def evaluate(
     session_id: int | None = None,
     feature_range: FeatureRange = None,
     renormalize: bool = False,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> InfoNCE:
     """InfoNCE of every batch; differentiable in the model and the recording.
 
@@ -180,29 +202,40 @@ def evaluate(
             are added. With a ``HybridBatch`` two, for behaviour and for time; the first 3 features
             and all of them by default.
         renormalize: Divide the embeddings in a feature range by their norm.
+        mesh: Devices to spread the windows, then the batches over (:func:`spread`).
+        axis_name: The axis of the mesh, where it has several.
 
     Returns:
         Loss, align and uniform in nats, ``(num_batches,)`` each: those of several objectives are
         added, those of several sessions averaged.
 
     Raises:
-        ValueError: The recording does not fit the model, or the range not the embedding.
+        ValueError: The recording does not fit the model, the range not the embedding, or the mesh
+            not the work.
         RuntimeError: Missing or wrong ``session_id``.
     """
-    encoders, windows = _embedded(model, X, session_id, isinstance(batch, MultisessionBatch))
+    over = partial(spread, mesh=mesh, axis_name=axis_name)
+    is_joint = isinstance(batch, MultisessionBatch)
+    encoders, windows = _embedded(model, X, session_id, is_joint, mesh, axis_name)
     spaces = _subspaces(windows, feature_range, renormalize, isinstance(batch, HybridBatch))
-    parts = _parts(as_model(model).criterion, encoders, spaces, batch)
+    parts = _parts(over, as_model(model).criterion, encoders, spaces, batch)
     combine = jnp.mean if isinstance(batch, MultisessionBatch) else jnp.sum
     return jax.tree.map(lambda *x: combine(jnp.stack(x), axis=0), *parts.values())
 
 
 def _embedded(
-    model: Model | Checkpoint, X: Any, session_id: int | None, is_joint: bool
+    model: Model | Checkpoint,
+    X: Any,
+    session_id: int | None,
+    is_joint: bool,
+    mesh: Mesh | None,
+    axis_name: str | None,
 ) -> tuple[tuple[Encoder, ...], tuple[Windows, ...]]:
     """The encoders that are needed, and all windows of their recordings."""
+    encode = partial(encode_recording, mesh=mesh, axis_name=axis_name)
     if not is_joint:
         encoder = select_encoder(model, session_id)
-        return (encoder,), (encode_recording(encoder, as_recording(X, encoder, session_id)),)
+        return (encoder,), (encode(encoder, as_recording(X, encoder, session_id)),)
     encoders = as_model(model).encoders
     if session_id is not None or not isinstance(X, list | tuple) or len(X) != len(encoders):
         raise ValueError(
@@ -210,7 +243,7 @@ def _embedded(
             "recordings, and no session_id."
         )
     recordings = [as_recording(x, e, i) for i, (x, e) in enumerate(zip(X, encoders, strict=True))]
-    return encoders, tuple(map(encode_recording, encoders, recordings))
+    return encoders, tuple(map(encode, encoders, recordings))
 
 
 def _subspaces(
@@ -260,6 +293,7 @@ def _features(windows: Windows, features: slice, renormalize: bool) -> Windows:
 
 
 def _parts(
+    over: Callable[..., Any],
     criterion: Criterion,
     encoders: tuple[Encoder, ...],
     spaces: dict[str, tuple[Windows, ...]],
@@ -268,14 +302,14 @@ def _parts(
     """InfoNCE of every batch, for each objective or each session."""
     if isinstance(batch, MultisessionBatch):
         (windows,) = spaces.values()
-        losses = _joint_losses(criterion, encoders, windows, batch)
+        losses = over(_joint_losses, (criterion, encoders, windows), batch)
         return {
             str(session): InfoNCE(*(x[:, session] for x in losses))
             for session in range(len(encoders))
         }
     batches = batch.objectives if isinstance(batch, HybridBatch) else dict.fromkeys(spaces, batch)
     return {
-        name: _losses(criterion, encoders[0], windows[0], batches[name])
+        name: over(_losses, (criterion, encoders[0], windows[0]), Batch(*batches[name]))
         for name, windows in spaces.items()
     }
 
@@ -297,7 +331,7 @@ def _losses(criterion: Criterion, encoder: Encoder, windows: Windows, batch: Bat
         reference, positive, negative = (_at(windows, encoder, steps) for steps in batch)
         return criterion(reference, positive, negative)
 
-    return jax.lax.map(one, Batch(*batch))
+    return jax.lax.map(one, batch)
 
 
 @jax.jit
@@ -326,14 +360,12 @@ def _joint_losses(
         each = [criterion(ref, pos, negative) for ref, pos in zip(reference, positive, strict=True)]
         return InfoNCE(*(jnp.stack(x) for x in zip(*each, strict=True)))
 
-    return jax.lax.map(one, MultisessionBatch(*batch))
+    return jax.lax.map(one, batch)
 
 
 @jax.jit
-def _full_uniform(criterion: Criterion, windows: Windows, sampler: FullBatch) -> Array:
-    """The uniform part of a full batch, which is the same for all."""
-    reference = windows.rows[: sampler.batch_size]
-    return criterion(reference, reference, reference).uniform
+def _uniform_terms(criterion: Criterion, negative: Array, reference: Array) -> Array:
+    return criterion.terms(reference, reference, negative).uniform
 
 
 @jax.jit
@@ -387,6 +419,8 @@ def estimate_infonce(
     renormalize: bool = False,
     chunk_size: int | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> Estimate:
     """InfoNCE of a model on a recording, averaged over batches drawn by a sampler.
 
@@ -407,13 +441,18 @@ def estimate_infonce(
         renormalize: Divide the embeddings in a feature range by their norm.
         chunk_size: Batches drawn at a time: bounds memory, changes no draw.
         progress: Wraps the loop over chunks, such as ``tqdm.tqdm``.
+        mesh: Devices to spread the windows, then the batches over (:func:`spread`): the draws are
+            those of one device. Every process calls this with the same arguments, draws its own
+            batches only, and reads the rows of ``X`` that it needs.
+        axis_name: The axis of the mesh, where it has several.
 
     Returns:
         The mean loss with its standard error, and the goodness of fit as ``.bits``; for a hybrid
         sampler, several feature ranges or several sessions also those of each, as ``.parts``.
 
     Raises:
-        ValueError: The recording does not fit the model, or a size is below 1.
+        ValueError: The recording does not fit the model, a size is below 1, or the mesh does not
+            fit (:func:`spread`).
         TypeError: The key is no JAX key, or a size no integer.
         RuntimeError: Missing or wrong ``session_id``.
 
@@ -422,29 +461,41 @@ def estimate_infonce(
     key = as_key(key)
     batch_size = _batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
-    chunk_size = _even_chunks(num_batches, batch_size, chunk_size)
+    processes, devices = 1, 1
+    if mesh is not None:
+        mesh, axis_name = checked_mesh(mesh, axis_name)
+        processes, devices = check_enough("batches", num_batches, mesh), mesh.shape[axis_name]
+    chunk_size = _even_chunks(num_batches, processes * MAX_QUERIES_AT_ONCE, batch_size, chunk_size)
+    chunk_size += -chunk_size % devices
+    over = partial(spread, mesh=mesh, axis_name=axis_name)
     is_joint = isinstance(sampler, Multisession | DiscreteMultisession)
-    encoders, windows = _embedded(model, X, session_id, is_joint)
+    encoders, windows = _embedded(model, X, session_id, is_joint, mesh, axis_name)
     spaces = _subspaces(windows, feature_range, renormalize, isinstance(sampler, Hybrid))
     _check_lengths(sampler, list(map(_num_steps, windows, encoders)))
     criterion = as_model(model).criterion
+    if mesh is not None:  # once for all chunks
+        criterion, encoders, spaces = placed((criterion, encoders, spaces), mesh, PartitionSpec())
     uniform = {}
     if isinstance(sampler, FullBatch):
         _check_full(sampler, encoders[0], windows[0])
-        uniform = {name: _full_uniform(criterion, w[0], sampler) for name, w in spaces.items()}
+        for name, (space,) in spaces.items():  # of all full batches the same
+            rows = space.rows[: sampler.batch_size]
+            uniform[name] = jnp.mean(over(_uniform_terms, (criterion, rows), rows))
     chunks: list[dict[str, InfoNCE]] = []
     for start in progress(range(0, num_batches, chunk_size)):
         # Chunks are all of one size, so that one compilation serves them: the last overshoots.
-        batch = draw(key, sampler, batch_size, chunk_size, start=start)
+        batch = draw(
+            key, sampler, batch_size, chunk_size, start=start, mesh=mesh, axis_name=axis_name
+        )
         if isinstance(sampler, FullBatch):
             chunks.append(
                 {
-                    name: _full_losses(criterion, encoders[0], space[0], uniform[name], batch)
+                    name: over(_full_losses, (criterion, *encoders, *space, uniform[name]), batch)
                     for name, space in spaces.items()
                 }
             )
         else:
-            chunks.append(_parts(criterion, encoders, spaces, batch))
+            chunks.append(_parts(over, criterion, encoders, spaces, batch))
     num_negatives = math.prod(batch.negative.shape[1:])
     parts = {
         name: _summarise(tuple(chunk[name] for chunk in chunks), num_batches=num_batches)
@@ -453,10 +504,12 @@ def estimate_infonce(
     return _combined(parts, num_negatives, is_joint)
 
 
-def _even_chunks(num_batches: int, batch_size: int, chunk_size: int | None) -> int:
+def _even_chunks(
+    num_batches: int, max_queries: int, batch_size: int, chunk_size: int | None
+) -> int:
     if chunk_size is not None:
         return min(as_integer("chunk_size", chunk_size, at_least=1), num_batches)
-    num_chunks = min(num_batches, math.ceil(num_batches * batch_size / MAX_QUERIES_AT_ONCE))
+    num_chunks = min(num_batches, math.ceil(num_batches * batch_size / max_queries))
     return math.ceil(num_batches / num_chunks)
 
 

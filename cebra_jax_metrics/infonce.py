@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_integer, map_rows
+from cebra_jax_metrics.arrays import as_integer, map_rows, wide
 
 Similarity = Callable[[Array, Array, Array], tuple[Array, Array]]
 
@@ -129,6 +129,27 @@ def infonce(
     >>> abs(float(goodness_of_fit(loss, num_negatives=4))) < 1e-6
     True
     """
+    terms = infonce_terms(
+        reference,
+        positive,
+        negative,
+        similarity=similarity,
+        temperature=temperature,
+        block_size=block_size,
+    )
+    return jax.tree.map(jnp.mean, terms)
+
+
+def infonce_terms(
+    reference: ArrayLike,
+    positive: ArrayLike,
+    negative: ArrayLike,
+    *,
+    similarity: str | Similarity = "cosine",
+    temperature: ArrayLike = 1.0,
+    block_size: int = BLOCK_SIZE,
+) -> InfoNCE:
+    """What :func:`infonce` is the mean of: loss and parts of every reference ``(batch,)``."""
     reference, positive, negative = map(_at_least_float32, (reference, positive, negative))
     _check_shapes(reference, positive, negative)
     phi = _similarity_function(similarity)
@@ -146,11 +167,7 @@ def infonce(
 
     paired, peak, spread = map_rows(per_reference, (reference, positive), block_size)
     # Taking the peak off both parts before adding them keeps the digits at low temperatures.
-    return InfoNCE(
-        loss=jnp.mean((peak - paired) + spread),
-        align=-jnp.mean(paired),
-        uniform=jnp.mean(spread + peak),
-    )
+    return InfoNCE(loss=(peak - paired) + spread, align=-paired, uniform=spread + peak)
 
 
 def _log_sum_exp(
@@ -258,8 +275,7 @@ def goodness_of_fit(loss: ArrayLike, num_negatives: ArrayLike) -> Array:
 
 def _at_least_float32(x: ArrayLike) -> Array:
     x = jnp.asarray(x)
-    is_wide = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize >= 4
-    return x if is_wide else x.astype(jnp.float32)
+    return x.astype(wide(x.dtype))
 
 
 def _similarity_function(similarity: str | Similarity) -> Similarity:

@@ -1,5 +1,6 @@
 """A model, and a checkpoint: a model with what is known of how it came about."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import (
@@ -21,7 +23,8 @@ from cebra_jax_metrics.arrays import (
     size_class,
 )
 from cebra_jax_metrics.encoders import Encoder
-from cebra_jax_metrics.infonce import InfoNCE, infonce
+from cebra_jax_metrics.infonce import InfoNCE, infonce_terms
+from cebra_jax_metrics.sharding import as_auto, checked_mesh, from_shares, placed, spread
 
 # Windows embedded at a time; a divisor of all size classes.
 CHUNK = 4096
@@ -56,7 +59,11 @@ class Criterion:
 
     def __call__(self, reference: Array, positive: Array, negative: Array) -> InfoNCE:
         """InfoNCE of one batch of embeddings, see :func:`cebra_jax_metrics.infonce`."""
-        return infonce(
+        return jax.tree.map(jnp.mean, self.terms(reference, positive, negative))
+
+    def terms(self, reference: Array, positive: Array, negative: Array) -> InfoNCE:
+        """InfoNCE of every reference ``(batch,)``."""
+        return infonce_terms(
             reference,
             positive,
             negative,
@@ -202,7 +209,14 @@ class Windows:
     number: Any
 
 
-def encode_recording(encoder: Encoder, X: Any, *, pad: bool = False) -> Windows:
+def encode_recording(
+    encoder: Encoder,
+    X: Any,
+    *,
+    pad: bool = False,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
+) -> Windows:
     """Embed every whole window of a recording.
 
     Known values are embedded in chunks of one size, read once and in order, so that neither a
@@ -212,12 +226,16 @@ def encode_recording(encoder: Encoder, X: Any, *, pad: bool = False) -> Windows:
         encoder: The encoder.
         X: What :func:`as_recording` returns.
         pad: Repeat the edge samples so that every time step has a window.
+        mesh: Devices to spread the windows over; each process reads the rows that it needs.
+        axis_name: The axis of the mesh, where it has several.
 
     Raises:
         ValueError: NaN or infinity.
     """
     left, right = encoder.offset if pad else (0, 1)
     number = X.shape[0] + left + right - encoder.receptive_field
+    if mesh is not None:
+        return _encode_on_mesh(encoder, X, left, number, mesh, axis_name)
     if not on_cpu(X, *jax.tree.leaves(encoder)):
         X = X if isinstance(X, Array) else _as_jax_has_it(as_numpy(X[0 : X.shape[0]]))
         check_finite(X, "X")
@@ -236,6 +254,42 @@ def encode_recording(encoder: Encoder, X: Any, *, pad: bool = False) -> Windows:
     return Windows(rows, np.int32(number))
 
 
+def _encode_on_mesh(
+    encoder: Encoder, X: Any, left: int, number: int, mesh: Mesh, axis_name: str | None
+) -> Windows:
+    """:func:`encode_recording` in chunks that are spread over the devices of a mesh."""
+    mesh, axis_name = checked_mesh(mesh, axis_name)
+    devices, size = mesh.shape[axis_name], size_class(number)
+    chunk = min(CHUNK, -(-size // devices))
+    chunks = -(-number // chunk)
+    # As many for each device, of few different numbers, so that lengths share compilations.
+    slots = devices * 2 ** math.ceil(math.log2(-(-chunks // devices)))
+    starts = np.minimum(np.arange(slots), chunks - 1) * chunk - left
+    steps = chunk + encoder.receptive_field - 1
+    if on_cpu(X):
+        with jax.ensure_compile_time_eval():
+            blocks = from_shares(partial(_blocks, X, starts, steps), slots, mesh, axis_name)
+    else:
+        X = X if is_traced(X) else as_auto(X)
+        check_finite(X, "X")
+        every = np.clip(starts[:, None] + np.arange(steps), 0, X.shape[0] - 1)
+        blocks = jnp.take(X, every, axis=0)
+    rows = spread(_encode_chunks, (encoder,), blocks, mesh=mesh, axis_name=axis_name)
+    rows = rows.reshape(-1, rows.shape[-1])
+    rows = jnp.take(rows, np.minimum(np.arange(size), len(rows) - 1), axis=0)
+    return Windows(placed(rows, mesh, PartitionSpec()), np.int32(number))
+
+
+def _blocks(X: Any, starts: np.ndarray, steps: int, first: int, last: int) -> np.ndarray:
+    """Blocks first to last of a recording, which begin at ``starts``."""
+    read = _Reader(X, starts[first])
+    return np.stack([read(start, start + steps) for start in starts[first:last]])
+
+
+def _encode_chunks(encoder: Encoder, blocks: Array) -> Array:
+    return lax.map(encoder.encode_windows, blocks)
+
+
 def _as_jax_has_it(X: np.ndarray) -> np.ndarray:
     """Wide numbers as float32, unless JAX runs in x64."""
     if X.dtype.itemsize <= 4 or jax.config.read("jax_enable_x64"):
@@ -247,9 +301,9 @@ def _as_jax_has_it(X: np.ndarray) -> np.ndarray:
 class _Reader:
     """Reads ranges of a recording that move forward, so that each row is read once."""
 
-    def __init__(self, X: Any) -> None:
-        self.X, self.length = X, X.shape[0]
-        self.start, self.kept = 0, np.zeros((0, X.shape[1]), np.float32)
+    def __init__(self, X: Any, start: int = 0) -> None:
+        self.X, self.length = np.asarray(X) if isinstance(X, Array) else X, X.shape[0]
+        self.start, self.kept = max(start, 0), np.zeros((0, X.shape[1]), np.float32)
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         """Rows ``[start, stop)``: before the first its copies, behind the last its copies."""

@@ -8,6 +8,7 @@ import pytest
 
 from cebra_jax_metrics.cli import main
 
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

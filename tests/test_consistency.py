@@ -11,7 +11,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold, cross_val_predict
 
-from cebra_jax_metrics import align_embeddings, consistency_matrix, consistency_score
+from cebra_jax_metrics import align_embeddings, consistency, consistency_matrix, consistency_score
 
 from .conftest import GOLDEN
 
@@ -206,10 +206,10 @@ def test_batches_of_pairs():
 
 
 def test_one_trace_per_shape():
-    consistency_matrix.clear_cache()
+    consistency._matrix.clear_cache()
     for seed in range(3):
         matrix(noise(3, 5, rows=70, seed=seed))
-    assert consistency_matrix._cache_size() == 1
+    assert consistency._matrix._cache_size() == 1
 
 
 def test_as_a_square():

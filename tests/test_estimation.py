@@ -14,7 +14,6 @@ from cebra_jax_metrics import (
     Criterion,
     Encoder,
     Model,
-    consistency_matrix,
     draw,
     embed,
     estimate_infonce,
@@ -23,15 +22,10 @@ from cebra_jax_metrics import (
     goodness_of_fit,
     infonce,
     model,
-    shifted_consistency,
 )
-from cebra_jax_metrics.consistency import relabelled_consistency, shift_test
-from cebra_jax_metrics.model import encode_recording
-from cebra_jax_metrics.neighbors import nearest_under_jit
 from cebra_jax_metrics.samplers import Batch, DeltaNormal, Time, TimeDelta
 
 from .conftest import GOLDEN
-from .test_samplers import SAMPLERS
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -154,7 +148,7 @@ def test_one_trace_per_size_class(monkeypatch):
     ):
         jitted = getattr(module, name)
         statics = {
-            "_propose": ("batch_size", "num_batches"),
+            "_propose": ("batch_size",),
             "_summarise": ("num_batches",),
             "_combined": ("num_negatives", "is_joint"),
         }.get(name, ())
@@ -294,69 +288,6 @@ def test_the_same_loss_on_every_version_of_jax():
     expected = json.loads((GOLDEN / "draws.json").read_text())
     estimate = estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES)
     np.testing.assert_allclose(float(estimate.loss), expected["loss"], rtol=1e-6)
-
-
-PLATFORMS = ("cpu", "cuda", "tpu")
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_lower_for_every_platform(name):
-    sampler = SAMPLERS[name]
-    old_key = jax.random.key_data(KEY)  # typed keys cannot cross an export
-
-    def sample(key, sampler):
-        return draw(jax.random.wrap_key_data(key), sampler, 16, 4)
-
-    text = jax.export.export(jax.jit(sample), platforms=PLATFORMS)(old_key, sampler).mlir_module()
-    assert "f64" not in text
-    assert "callback" not in text
-
-
-def test_lowers_for_every_platform():
-    encoder, criterion = MODEL.encoders[0], MODEL.criterion
-    batch = draw(KEY, SAMPLER, 16, 4)
-    windows = encode_recording(encoder, X)
-    groups = jnp.zeros(120, jnp.int32)
-    blocked = partial(infonce, similarity="euclidean", block_size=32)
-
-    def relabelled(key, x, places):
-        keys = jax.random.split(jax.random.wrap_key_data(key), 4)
-        sizes = {"num_bins": 5, "margin": 1, "reach": 2}
-        return relabelled_consistency(keys, [x, x], [places, places], **sizes)
-
-    jitted = (
-        (model._encode_chunk, (windows.rows, encoder, X, np.int32(0))),
-        (estimation._losses, (criterion, encoder, windows, batch)),
-        (jax.jit(partial(Encoder.encode, pad=True)), (encoder, X)),
-        (jax.jit(consistency_matrix), ([X, X[:, :3]],)),
-        (jax.jit(partial(consistency_matrix, cv=3)), ([X, X[:, :3]],)),
-        (shifted_consistency, (X, X[:, :3])),
-        (shift_test, ([X, X[:, :3]], jnp.asarray([0.5]))),
-        (jax.jit(relabelled), (jax.random.key_data(KEY), X, groups)),
-        (nearest_under_jit, (SAMPLER.labels, SAMPLER.labels, 120)),
-        (nearest_under_jit, (SAMPLER.labels[:, :1], SAMPLER.labels[:, :1], 120)),
-        (jax.jit(infonce), (X, X, X)),
-        (jax.jit(blocked), (X, X, X)),
-        (nearest_under_jit, (SAMPLER.labels, SAMPLER.labels, 120, groups, groups)),
-    )
-    for function, arguments in jitted:
-        text = jax.export.export(function, platforms=PLATFORMS)(*arguments).mlir_module()
-        assert "f64" not in text
-        assert "callback" not in text
-
-
-def test_matrix_products_ask_for_the_highest_precision():
-    encode = jax.jit(Encoder.encode_windows)
-    for lowered in (
-        jax.jit(infonce).lower(X, X, X),
-        jax.jit(partial(infonce, similarity="euclidean")).lower(X, X, X),
-        encode.lower(MODEL.encoders[0], X),
-        consistency_matrix.lower([X, X]),
-        consistency_matrix.lower([X, X], cv=3),
-        shifted_consistency.lower(X, X),
-    ):
-        text = lowered.as_text()
-        assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0
 
 
 BAD = {

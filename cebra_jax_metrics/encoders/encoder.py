@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from cebra_jax_metrics.arrays import wide
 from cebra_jax_metrics.encoders.architectures import Architecture, get_architecture
 
 
@@ -74,17 +75,19 @@ class Encoder:
         """Embed every whole window of a recording.
 
         Args:
-            X: ``(time, neurons)`` of any real dtype; it is cast to that of the parameters.
+            X: ``(time, neurons)`` of any real dtype; it is cast to that of the parameters, but at
+                least to float32, which they are computed with in.
 
         Returns:
-            ``(time - receptive_field + 1, output_dimension)``; row 0 belongs to time step
-            ``offset[0]``.
+            ``(time - receptive_field + 1, output_dimension)`` in the dtype of the parameters; row 0
+            belongs to time step ``offset[0]``.
 
         Raises:
             ValueError: A registered architecture returns another shape.
         """
-        X = jnp.asarray(X).astype(self.dtype)
-        embedding = self._known.apply(self.params, X, *self.sizes)
+        dtype = wide(self.dtype)  # narrow parameters are for storage
+        params = {name: value.astype(dtype) for name, value in self.params.items()}
+        embedding = self._known.apply(params, jnp.asarray(X).astype(dtype), *self.sizes)
         expected = X.shape[0] - self.receptive_field + 1, self.output_dimension
         if embedding.shape != expected:
             raise ValueError(
@@ -92,7 +95,7 @@ class Encoder:
                 f"{X.shape} as {embedding.shape}, not as {expected}: its offset or its apply is "
                 "wrong."
             )
-        return embedding
+        return embedding.astype(self.dtype)
 
     def encode(self, X: Array, pad: bool = True) -> Array:
         """Embed a recording, as CEBRA's ``transform`` does.

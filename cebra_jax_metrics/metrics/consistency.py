@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.alignment import align_embeddings, label_bins
@@ -79,6 +80,8 @@ def consistency_score(
     num_discretization_bins: int = 100,
     *,
     cv: int | None = None,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> Consistency:
     """R² of the linear regression between every ordered pair of embeddings.
 
@@ -97,6 +100,8 @@ def consistency_score(
         num_discretization_bins: Number of edges by which float labels are binned.
         cv: Number of folds of neighbouring time steps or bins, each predicted by the fit to all
             others (:func:`consistency_matrix`); ``None`` is CEBRA's score.
+        mesh: Devices to spread the rows over (:func:`spread`).
+        axis_name: The axis of the mesh, where it has several.
 
     Returns:
         The triple of scores ``(pairs,)``, pairs of ids ``(pairs, 2)``, and ids; ``.matrix`` is
@@ -127,9 +132,8 @@ def consistency_score(
             arrays = list(align_embeddings(arrays, values, n_bins=num_discretization_bins))
         for array in arrays:
             check_finite(array, "the embeddings")
-        matrix = np.asarray(
-            consistency_matrix([x.astype(dtype, copy=False) for x in arrays], cv=cv)
-        )
+        runs: list[Any] = [x.astype(dtype, copy=False) for x in arrays]
+        matrix = np.asarray(consistency_matrix(runs, cv=cv, mesh=mesh, axis_name=axis_name))
     if cv is None:
         matrix = matrix - np.array([_share_of_rounded_columns(x) for x in arrays], dtype)
     return Consistency(*_by_pair(matrix.astype(out), ids))
@@ -147,6 +151,8 @@ def consistency_test(
     num_samples: int = 1000,
     min_shift: int = 1,
     quantiles: Sequence[float] = NULL_QUANTILES,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
 ) -> ConsistencyTest:
     """Test whether embeddings are more consistent than chance.
 
@@ -176,6 +182,8 @@ def consistency_test(
             out shifts that resemble the data, and so rejects too often in short recordings (500
             steps of AR(1) series with coefficient 0.95 are short).
         quantiles: Levels of the null quantiles to return.
+        mesh: Devices to spread the pairs of runs, or the samples over (:func:`spread`).
+        axis_name: The axis of the mesh, where it has several.
 
     Returns:
         Per pair, and for the mean over pairs: the observed score, mean and quantiles under the
@@ -212,7 +220,13 @@ def consistency_test(
             for array in arrays:
                 check_finite(array, "the embeddings")
             runs = [jnp.asarray(x, dtype) for x in arrays]
-            each, overall = shift_test(runs, jnp.asarray(levels, dtype), min_shift=min_shift)
+            each, overall = shift_test(
+                runs,
+                jnp.asarray(levels, dtype),
+                min_shift=min_shift,
+                mesh=mesh,
+                axis_name=axis_name,
+            )
             _, pairs, unique = _by_pair(np.zeros((len(ids), len(ids))), ids)
             return _test_result(pairs, unique, each, overall, arrays)
 
@@ -234,6 +248,8 @@ def consistency_test(
             reach=bins.reach,
             permute=null == "permutation",
             min_shift=min_shift,
+            mesh=mesh,
+            axis_name=axis_name,
         )
         observed = consistency_matrix([jnp.asarray(x, dtype) for x in aligned])
         scores, pairs, unique = _by_pair(np.asarray(observed), ids)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from cebra_jax_metrics.arrays import as_integer, as_numpy, check_dimensions, check_finite
 from cebra_jax_metrics.checkpoints import import_once, load
@@ -70,6 +71,8 @@ def infonce_loss(
     correct_by_batchsize: bool = ...,
     key: Array | None = ...,
     return_estimate: Literal[False] = ...,
+    mesh: Mesh | None = ...,
+    axis_name: str | None = ...,
     **settings: Unpack[Settings],
 ) -> float: ...
 @overload
@@ -82,6 +85,8 @@ def infonce_loss(
     correct_by_batchsize: bool = ...,
     key: Array | None = ...,
     return_estimate: Literal[True],
+    mesh: Mesh | None = ...,
+    axis_name: str | None = ...,
     **settings: Unpack[Settings],
 ) -> Estimate: ...
 def infonce_loss(
@@ -93,6 +98,8 @@ def infonce_loss(
     correct_by_batchsize: bool = False,
     key: Array | None = None,
     return_estimate: bool = False,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
     **settings: Unpack[Settings],
 ) -> float | Estimate:
     """InfoNCE loss of a model on one recording, averaged over batches drawn from that recording.
@@ -107,6 +114,8 @@ def infonce_loss(
         correct_by_batchsize: Subtract the log of the batch size.
         key: JAX PRNG key; by default always ``jax.random.key(0)``, so that scores repeat.
         return_estimate: Return the :class:`Estimate` with its standard error and its parts.
+        mesh: Devices to spread the work over (:func:`estimate_infonce`).
+        axis_name: The axis of the mesh, where it has several.
         **settings: What to do otherwise than in training: ``batch_size``, ``time_offset``,
             ``conditional``, ``delta``, ``prior``, ``temperature``, ``feature_range`` (a slice of
             the features to score, or several) and ``renormalize``.
@@ -133,7 +142,15 @@ def infonce_loss(
             "Batch size is None, please provide a model with a batch size to correct the InfoNCE."
         )
     estimate = score(
-        checkpoint, X, *y, session_id=session_id, num_batches=num_batches, key=key, **settings
+        checkpoint,
+        X,
+        *y,
+        session_id=session_id,
+        num_batches=num_batches,
+        key=key,
+        mesh=mesh,
+        axis_name=axis_name,
+        **settings,
     )
     if return_estimate:
         return estimate
@@ -150,6 +167,8 @@ def goodness_of_fit_score(
     num_batches: int = ...,
     key: Array | None = ...,
     return_estimate: Literal[False] = ...,
+    mesh: Mesh | None = ...,
+    axis_name: str | None = ...,
     **settings: Unpack[Settings],
 ) -> float: ...
 @overload
@@ -161,6 +180,8 @@ def goodness_of_fit_score(
     num_batches: int = ...,
     key: Array | None = ...,
     return_estimate: Literal[True],
+    mesh: Mesh | None = ...,
+    axis_name: str | None = ...,
     **settings: Unpack[Settings],
 ) -> Estimate: ...
 def goodness_of_fit_score(
@@ -171,6 +192,8 @@ def goodness_of_fit_score(
     num_batches: int = 500,
     key: Array | None = None,
     return_estimate: bool = False,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
     **settings: Unpack[Settings],
 ) -> float | Estimate:
     """Goodness of fit of a model on one recording: 0 bits is chance, below 0 is worse than chance.
@@ -187,6 +210,8 @@ def goodness_of_fit_score(
         key: JAX PRNG key; by default always ``jax.random.key(0)``, so that scores repeat.
         return_estimate: Return the :class:`Estimate`, whose ``bits`` and ``bits_stderr`` are the
             score and its standard error.
+        mesh: Devices to spread the work over (:func:`estimate_infonce`).
+        axis_name: The axis of the mesh, where it has several.
         **settings: What to do otherwise than in training, see :func:`infonce_loss`.
 
     Returns:
@@ -198,7 +223,15 @@ def goodness_of_fit_score(
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.goodness_of_fit_score``.
     """
     estimate = score(
-        cebra_model, X, *y, session_id=session_id, num_batches=num_batches, key=key, **settings
+        cebra_model,
+        X,
+        *y,
+        session_id=session_id,
+        num_batches=num_batches,
+        key=key,
+        mesh=mesh,
+        axis_name=axis_name,
+        **settings,
     )
     return estimate if return_estimate else float(estimate.bits)
 
@@ -209,6 +242,8 @@ def multisession_infonce_loss(
     *y: Sequence[Any],
     num_batches: int = 500,
     key: Array | None = None,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
     **settings: Unpack[Settings],
 ) -> Estimate:
     """Joint InfoNCE loss of a multi-session model: the one that it was trained on.
@@ -223,6 +258,8 @@ def multisession_infonce_loss(
         *y: One list of labels for each session: floats are continuous, integers discrete.
         num_batches: Batches to average.
         key: JAX PRNG key; by default always ``jax.random.key(0)``.
+        mesh: Devices to spread the work over (:func:`estimate_infonce`).
+        axis_name: The axis of the mesh, where it has several.
         **settings: What to do otherwise than in training, see :func:`infonce_loss`.
 
     Returns:
@@ -276,7 +313,8 @@ def multisession_infonce_loss(
     else:
         sampler = Multisession(labels, _time_offset(checkpoint.settings.get("time_offsets", 1)))
     _check_used(settings, sampler, False)
-    return _estimated(checkpoint, recordings, sampler, num_batches, key, **_space(settings))
+    over = {"mesh": mesh, "axis_name": axis_name}
+    return _estimated(checkpoint, recordings, sampler, num_batches, key, **over, **_space(settings))
 
 
 def score(
@@ -288,6 +326,8 @@ def score(
     key: Array | None = None,
     chunk_size: int | None = None,
     progress: Any = iter,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
     **settings: Unpack[Settings],
 ) -> Estimate:
     """What the two scores share."""
@@ -314,6 +354,8 @@ def score(
         session_id=session_id,
         chunk_size=chunk_size,
         progress=progress,
+        mesh=mesh,
+        axis_name=axis_name,
         **_space(settings),
     )
 
