@@ -9,11 +9,13 @@ from benchmarks import (
     cold,
     consistency,
     devices,
+    fit,
     full_batch,
     infonce,
     limit,
     many,
     neighbors,
+    roofline,
     scaling,
 )
 from benchmarks.measure import environment
@@ -29,6 +31,8 @@ BENCHMARKS = {
     "many": many.run,
     "consistency": consistency.run,
     "devices": devices.run,
+    "fit": fit.run,
+    "roofline": roofline.run,
 }
 
 

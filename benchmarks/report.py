@@ -4,11 +4,11 @@ import json
 import statistics
 from pathlib import Path
 
+from benchmarks import roofline
 from benchmarks.measure import spread
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
 def tables(result: dict, only_headlines: bool = False) -> str:
@@ -75,7 +75,15 @@ def stored_tables() -> str:
 
 
 def update_readme() -> None:
-    """Put the tables of the stored results between README's marks."""
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{stored_tables()}\n{END}{after}")
+    """Put the tables of the stored results between README's marks, and the page's."""
+    _put(README, "benchmarks", stored_tables())
+    if (RESULTS / "roofline.json").exists():
+        _put(roofline.PAGE, "roofline", roofline.page(RESULTS / "roofline.json"))
+
+
+def _put(file: Path, name: str, text: str) -> None:
+    """Replace what is between the marks of a name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = file.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -35,6 +35,7 @@ from cebra_jax_metrics.metrics import (
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, embed
 from cebra_jax_metrics.plotting import plot_consistency
 from cebra_jax_metrics.sharding import spread
+from cebra_jax_metrics.training import TrainingError, TrainingState, fit
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,10 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "draw",
     "evaluate",
     "estimate_infonce",
+    # training
+    "fit",
+    "TrainingState",
+    "TrainingError",
     # inference
     "consistency_test",
     "ConsistencyTest",

@@ -374,10 +374,12 @@ class _Rows:
         self.number = self.own if number is None else number
         self.block_size = min(block_size, self.own)
         self.start = first_item(self.own, axis_name)
-        is_real = (self.start + jnp.arange(self.own) < self.number)[:, None]
         # From the first row on, so that the mean of a constant column is that constant.
         first = [self._of_all(jnp.where(self.start == 0, x[:1], 0)) for x in embeddings]
-        rests = [jnp.where(is_real, x - x0, 0) for x, x0 in zip(embeddings, first, strict=True)]
+        rests = [x - x0 for x, x0 in zip(embeddings, first, strict=True)]
+        if axis_name is not None:
+            is_real = (self.start + jnp.arange(self.own) < self.number)[:, None]
+            rests = [jnp.where(is_real, rest, 0) for rest in rests]
         sums = [self._of_all(jnp.sum(rest, axis=0, keepdims=True)) for rest in rests]
         self.means = [x0 + total / self.number for x0, total in zip(first, sums, strict=True)]
         # R² does not depend on the scale, but moments of very large or small numbers overflow.

@@ -135,7 +135,7 @@ def draw(
         ValueError: A size is below 1, or the mesh does not fit.
         TypeError: The key is no JAX key, or a size no integer.
     """
-    batch_size = _batch_size(sampler, batch_size)
+    batch_size = check_batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
     key = as_key(key)
     if not on_cpu(key, *jax.tree.leaves(sampler)):
@@ -155,7 +155,8 @@ def _padded(sampler: Sampler) -> Sampler:
     return sampler.padded() if isinstance(sampler, SampleInTwoSteps) else sampler
 
 
-def _batch_size(sampler: Sampler, batch_size: int | None) -> int:
+def check_batch_size(sampler: Sampler, batch_size: int | None) -> int:
+    """The size of the batches of a sampler."""
     if not isinstance(sampler, FullBatch):
         return as_integer("batch_size", batch_size, at_least=1)
     if batch_size not in (None, sampler.batch_size):
@@ -217,10 +218,8 @@ def evaluate(
     over = partial(spread, mesh=mesh, axis_name=axis_name)
     is_joint = isinstance(batch, MultisessionBatch)
     encoders, windows = _embedded(model, X, session_id, is_joint, mesh, axis_name)
-    spaces = _subspaces(windows, feature_range, renormalize, isinstance(batch, HybridBatch))
-    parts = _parts(over, as_model(model).criterion, encoders, spaces, batch)
-    combine = jnp.mean if isinstance(batch, MultisessionBatch) else jnp.sum
-    return jax.tree.map(lambda *x: combine(jnp.stack(x), axis=0), *parts.values())
+    spaces = subspaces(windows, feature_range, renormalize, isinstance(batch, HybridBatch))
+    return losses_of(as_model(model).criterion, encoders, spaces, batch, over)
 
 
 def _embedded(
@@ -246,7 +245,7 @@ def _embedded(
     return encoders, tuple(map(encode, encoders, recordings))
 
 
-def _subspaces(
+def subspaces(
     windows: tuple[Windows, ...], feature_range: FeatureRange, renormalize: bool, is_hybrid: bool
 ) -> dict[str, tuple[Windows, ...]]:
     """The embeddings that each objective scores, by its name."""
@@ -290,6 +289,19 @@ def _features(windows: Windows, features: slice, renormalize: bool) -> Windows:
     if renormalize:
         rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
     return replace(windows, rows=rows)
+
+
+def losses_of(
+    criterion: Criterion,
+    encoders: tuple[Encoder, ...],
+    spaces: dict[str, tuple[Windows, ...]],
+    batch: Any,
+    over: Callable[..., Any] = spread,
+) -> InfoNCE:
+    """InfoNCE of every batch: the sum of objectives, or the mean over sessions."""
+    parts = _parts(over, criterion, encoders, spaces, batch)
+    combine = jnp.mean if isinstance(batch, MultisessionBatch) else jnp.sum
+    return jax.tree.map(lambda *x: combine(jnp.stack(x), axis=0), *parts.values())
 
 
 def _parts(
@@ -382,9 +394,17 @@ def _full_losses(
     return InfoNCE(each + uniform, each, jnp.broadcast_to(uniform, each.shape))
 
 
-def _check_lengths(sampler: Any, num_steps: list[int]) -> None:
+def check_lengths(sampler: Any, encoders: Sequence[Encoder], num_steps: list[Any]) -> None:
     """Refuse samplers of longer recordings, whose steps would silently be clamped."""
-    inner = getattr(sampler, "behavior", getattr(sampler, "conditional", sampler))
+    if isinstance(sampler, FullBatch):
+        if (sampler.num_steps, sampler.offset) != (num_steps[0], encoders[0].offset):
+            raise ValueError(
+                f"The sampler is for {sampler.num_steps} time steps and the offset "
+                f"{sampler.offset}, the recording has {num_steps[0]} and the encoder "
+                f"{encoders[0].offset}."
+            )
+        return
+    inner = getattr(sampler, "behavior", sampler)
     lengths = getattr(inner, "lengths", (getattr(inner, "length", 0),))
     if len(lengths) != len(num_steps):
         raise ValueError(
@@ -395,15 +415,6 @@ def _check_lengths(sampler: Any, num_steps: list[int]) -> None:
             raise ValueError(
                 f"The sampler is for {length} time steps, but the recording has {steps}."
             )
-
-
-def _check_full(sampler: FullBatch, encoder: Encoder, windows: Windows) -> None:
-    num_steps = _num_steps(windows, encoder)
-    if (sampler.num_steps, sampler.offset) != (num_steps, encoder.offset):
-        raise ValueError(
-            f"The sampler is for {sampler.num_steps} time steps and the offset {sampler.offset}, "
-            f"the recording has {num_steps} and the encoder {encoder.offset}."
-        )
 
 
 def estimate_infonce(
@@ -459,7 +470,7 @@ def estimate_infonce(
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.infonce_loss``.
     """
     key = as_key(key)
-    batch_size = _batch_size(sampler, batch_size)
+    batch_size = check_batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
     processes, devices = 1, 1
     if mesh is not None:
@@ -470,14 +481,13 @@ def estimate_infonce(
     over = partial(spread, mesh=mesh, axis_name=axis_name)
     is_joint = isinstance(sampler, Multisession | DiscreteMultisession)
     encoders, windows = _embedded(model, X, session_id, is_joint, mesh, axis_name)
-    spaces = _subspaces(windows, feature_range, renormalize, isinstance(sampler, Hybrid))
-    _check_lengths(sampler, list(map(_num_steps, windows, encoders)))
+    spaces = subspaces(windows, feature_range, renormalize, isinstance(sampler, Hybrid))
+    check_lengths(sampler, encoders, list(map(_num_steps, windows, encoders)))
     criterion = as_model(model).criterion
     if mesh is not None:  # once for all chunks
         criterion, encoders, spaces = placed((criterion, encoders, spaces), mesh, PartitionSpec())
     uniform = {}
     if isinstance(sampler, FullBatch):
-        _check_full(sampler, encoders[0], windows[0])
         for name, (space,) in spaces.items():  # of all full batches the same
             rows = space.rows[: sampler.batch_size]
             uniform[name] = jnp.mean(over(_uniform_terms, (criterion, rows), rows))

@@ -107,12 +107,14 @@ class Checkpoint:
         history: Per training step, arrays ``(steps,)`` under CEBRA's names: ``total`` (the loss,
             nats), ``pos`` and ``neg`` (its align and uniform part), ``temperature``.
         metadata: Versions of what wrote the checkpoint.
+        training: Where :func:`fit` stopped, to go on from; it is not saved.
     """
 
     model: Model
     settings: Mapping[str, Any] = field(default_factory=dict)
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    training: Any = None
 
     @property
     def is_multisession(self) -> bool:

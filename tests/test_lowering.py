@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import cebra_jax_metrics
@@ -26,6 +27,7 @@ from cebra_jax_metrics import (
     neighbors,
     samplers,
     spread,
+    training,
 )
 from cebra_jax_metrics.demo import load_demo
 from cebra_jax_metrics.encoders import layers
@@ -77,6 +79,14 @@ def relabelled(key, x, y, places, permute):
     keys, sizes = jax.random.split(key, 4), {"num_bins": 5, "margin": 1, "reach": 2}
     options = {**sizes, "permute": permute, "min_shift": 1}
     return consistency._relabelled((x, y), (places, places), keys, **options)
+
+
+def trained(key, one, x, whole, in_turn):
+    descent = optax.sgd(0.1)
+    run = one, descent.init(None), key, None, BATCH
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf]), run)
+    options = {"optimizer": descent, "whole": whole, "in_turn": in_turn}
+    return training._train((x,), np.int32(0), np.int32(2), stack, **options)
 
 
 # Of every jitted function, calls that lower it: a function without static arguments, its arguments.
@@ -184,6 +194,10 @@ CALLS = {
             with_key(lambda key, one, x: estimate_infonce(key, one, x, SAMPLER, **SIZES)),
             (KEY_DATA, MODEL, X),
         ),
+    ],
+    "training._train": [
+        (with_key(partial(trained, whole=whole, in_turn=in_turn)), (KEY_DATA, MODEL, X))
+        for whole, in_turn in ((True, True), (False, False))
     ],
     "draw": [
         (

@@ -27,6 +27,25 @@ def test_drop_in_example_runs(recording, capsys):
     assert re.fullmatch(r"-?\d\.\d{3} ± \d\.\d{3} bits\n", capsys.readouterr().out)
 
 
+def test_mesh_example_runs(recording):
+    example = README.split("<!-- mesh example -->\n```python\n")[1].split("```")[0]
+    model = ROOT / "tests" / "golden" / "offset10-model.pt"
+    names = {"cebra_model": model, "X": recording["X"], "labels": recording["position"]}
+    exec(example, names)
+    alone = cebra_jax_metrics.goodness_of_fit_score(
+        *(names[x] for x in ("cebra_model", "X", "labels"))
+    )
+    np.testing.assert_allclose(names["bits"], alone, atol=1e-5)
+
+
+def test_fit_example_runs(recording):
+    example = README.split("<!-- fit example -->\n```python\n")[1].split("```")[0]
+    names = {"X": recording["X"], "labels": recording["position"]}
+    exec(example, names)
+    assert names["checkpoint"].history["total"].shape == (50,)
+    assert names["stack"].history["total"].shape == (3, 50)
+
+
 def test_everything_public_has_a_docstring():
     for module in (cebra_jax_metrics, samplers):
         for name in module.__all__:
@@ -34,9 +53,15 @@ def test_everything_public_has_a_docstring():
 
 
 def test_benchmark_table_is_that_of_the_stored_results():
-    from benchmarks.report import BEGIN, END, stored_tables
+    from benchmarks import roofline
+    from benchmarks.report import RESULTS, stored_tables
 
-    assert README.split(BEGIN)[1].split(END)[0].strip() == stored_tables().strip()
+    def between(text, name):
+        return text.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0].strip()
+
+    assert between(README, "benchmarks") == stored_tables().strip()
+    page = roofline.page(RESULTS / "roofline.json")
+    assert between(roofline.PAGE.read_text(), "roofline") == page.strip()
 
 
 def test_demo_output():

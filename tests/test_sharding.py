@@ -166,6 +166,7 @@ def test_reads_rows_once(mesh):
     assert (reads == 1).all()
 
 
+@pytest.mark.heavy
 def test_gradients(mesh):
     options = dict(batch_size=16, num_batches=11)
 
@@ -246,6 +247,7 @@ def test_consistency_tests(mesh, options):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("number", [8, 5])
 def test_stacked_models_are_spread(mesh, number):
     keys = jax.random.split(KEY, number)
@@ -387,6 +389,7 @@ def finish(processes):
     return [re.sub(r"\[Gloo\].*\n", "", output) for output, _ in outputs]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("split", ["rows", "models"])
 def test_two_processes_give_what_one_gives(files, split, recording):
     arguments = *files, *MODELS[:2], "--split", split, "--num-batches", "11"
@@ -404,6 +407,7 @@ def test_two_processes_give_what_one_gives(files, split, recording):
         np.testing.assert_allclose(float(stderr), estimate.bits_stderr, atol=2e-6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("victim", [0, 1])
 def test_others_end_with_an_error_when_one_dies(files, victim):
     """And do not wait for ever."""
@@ -419,6 +423,7 @@ def test_others_end_with_an_error_when_one_dies(files, victim):
             process.communicate()
 
 
+@pytest.mark.heavy
 def test_fewer_models_than_processes(files):
     processes = start(2, *files, MODELS[0], "--split", "models")
     errors = [process.communicate(timeout=300)[1] for process in processes]

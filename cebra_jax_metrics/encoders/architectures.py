@@ -30,6 +30,7 @@ from cebra_jax_metrics.encoders.layers import (
     chain_aliases,
     chain_shapes,
     clamp,
+    has_dropout,
     initialise,
 )
 
@@ -63,8 +64,23 @@ class Architecture(Protocol):
         """Names under which a state dict repeats tied parameters, and the names they repeat."""
         ...
 
-    def apply(self, params: Parameters, X: Array, neurons: int, units: int, outputs: int) -> Array:
-        """Embed ``(time, neurons)`` as ``(time - sum(offset) + 1, outputs)``."""
+    def apply(
+        self,
+        params: Parameters,
+        X: Array,
+        neurons: int,
+        units: int,
+        outputs: int,
+        key: Array | None = None,
+    ) -> Array:
+        """Embed ``(time, neurons)`` as ``(time - sum(offset) + 1, outputs)``.
+
+        With a key as in training, that is with dropout.
+        """
+        ...
+
+    def has_dropout(self, neurons: int, units: int, outputs: int) -> bool:
+        """Whether a key makes a difference."""
         ...
 
 
@@ -95,8 +111,19 @@ class _Layered:
     def aliases(self, neurons: int, units: int, outputs: int) -> dict[str, str]:
         return chain_aliases(self._layers(neurons, units, outputs), "net")
 
-    def apply(self, params: Parameters, X: Array, neurons: int, units: int, outputs: int) -> Array:
-        return apply_chain(self._layers(neurons, units, outputs), params, "net", X)
+    def apply(
+        self,
+        params: Parameters,
+        X: Array,
+        neurons: int,
+        units: int,
+        outputs: int,
+        key: Array | None = None,
+    ) -> Array:
+        return apply_chain(self._layers(neurons, units, outputs), params, "net", X, key)
+
+    def has_dropout(self, neurons: int, units: int, outputs: int) -> bool:
+        return has_dropout(self._layers(neurons, units, outputs))
 
 
 @dataclass(frozen=True)
@@ -116,8 +143,19 @@ class _Registered:
     def aliases(self, neurons: int, units: int, outputs: int) -> dict[str, str]:
         return {}
 
-    def apply(self, params: Parameters, X: Array, neurons: int, units: int, outputs: int) -> Array:
+    def apply(
+        self,
+        params: Parameters,
+        X: Array,
+        neurons: int,
+        units: int,
+        outputs: int,
+        key: Array | None = None,
+    ) -> Array:
         return self.user_apply(params, X)
+
+    def has_dropout(self, neurons: int, units: int, outputs: int) -> bool:
+        return False
 
 
 def _mlp(widths: tuple[int, ...], *tail: Layer) -> Stack:
@@ -164,9 +202,9 @@ def _convolutional(
 
 
 def _offset36_dropout(in_blocks: bool, n: int, h: int, d: int) -> Stack:
-    before = (Dropout(),) if in_blocks else ()
+    before = (Dropout(0.1),) if in_blocks else ()
     skips = (Skip((*before, Conv(h, h, 3), GELU), crop=1) for _ in range(16))
-    return (Conv(n, h, 2), Dropout(), GELU, *skips, Conv(h, d, 3), NORMALIZE)
+    return (Conv(n, h, 2), Dropout(0.1), GELU, *skips, Conv(h, d, 3), NORMALIZE)
 
 
 def _subsampling(blocks: int, last: int, n: int, h: int, d: int) -> Stack:

@@ -71,12 +71,18 @@ class Encoder:
     def _known(self) -> Architecture:
         return get_architecture(self.architecture)
 
-    def encode_windows(self, X: Array) -> Array:
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training makes a difference to what is computed."""
+        return self._known.has_dropout(*self.sizes)
+
+    def encode_windows(self, X: Array, key: Array | None = None) -> Array:
         """Embed every whole window of a recording.
 
         Args:
             X: ``(time, neurons)`` of any real dtype; it is cast to that of the parameters, but at
                 least to float32, which they are computed with in.
+            key: For dropout, as in training; ``None`` is evaluation.
 
         Returns:
             ``(time - receptive_field + 1, output_dimension)`` in the dtype of the parameters; row 0
@@ -87,7 +93,7 @@ class Encoder:
         """
         dtype = wide(self.dtype)  # narrow parameters are for storage
         params = {name: value.astype(dtype) for name, value in self.params.items()}
-        embedding = self._known.apply(params, jnp.asarray(X).astype(dtype), *self.sizes)
+        embedding = self._known.apply(params, jnp.asarray(X).astype(dtype), *self.sizes, key)
         expected = X.shape[0] - self.receptive_field + 1, self.output_dimension
         if embedding.shape != expected:
             raise ValueError(
@@ -110,6 +116,24 @@ class Encoder:
         left, right = self.offset
         X = jnp.asarray(X)
         return self.encode_windows(jnp.pad(X, ((left, right - 1), (0, 0)), "edge") if pad else X)
+
+    def encode_steps(self, X: Array, steps: Array, key: Array | None = None) -> Array:
+        """Embed the windows of some time steps only.
+
+        Args:
+            X: ``(time, neurons)``.
+            steps: Time steps ``(steps,)``; those near the edges take the first or last window.
+            key: For dropout, each window's own, as in training; ``None`` is evaluation.
+
+        Returns:
+            ``(steps, output_dimension)``.
+        """
+        window = jnp.arange(self.receptive_field, dtype=jnp.int32)
+        blocks = X[self.window_of(steps, X.shape[0])[:, None] + window[None, :]]
+        if key is None:
+            return jax.vmap(self.encode_windows)(blocks)[:, 0]
+        keys = jax.random.split(key, len(steps))
+        return jax.vmap(self.encode_windows)(blocks, keys)[:, 0]
 
     def window_of(self, steps: Array, num_steps: int) -> Array:
         """Row of ``encode_windows`` for each time step, those near the edges clamped.

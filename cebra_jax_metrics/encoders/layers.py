@@ -32,8 +32,8 @@ class Layer:
         """Shapes of the parameters of this layer at ``name``, by their full names."""
         return {}
 
-    def apply(self, params: Parameters, name: str, x: Array) -> Array:
-        """Apply this layer at ``name`` to ``(time, features)``."""
+    def apply(self, params: Parameters, name: str, x: Array, key: Array | None = None) -> Array:
+        """Apply this layer at ``name`` to ``(time, features)``; with a key, as in training."""
         raise NotImplementedError
 
 
@@ -48,7 +48,7 @@ class Linear(Layer):
         """``weight`` (outputs, inputs) and ``bias`` (outputs,)."""
         return {f"{name}.weight": (self.outputs, self.inputs), f"{name}.bias": (self.outputs,)}
 
-    def apply(self, params: Parameters, name: str, x: Array) -> Array:
+    def apply(self, params: Parameters, name: str, x: Array, key: Array | None = None) -> Array:
         """``(time, inputs)`` to ``(time, outputs)``."""
         return _matmul(x, params[f"{name}.weight"]) + params[f"{name}.bias"][None, :]
 
@@ -67,7 +67,7 @@ class Conv(Layer):
         weight = (self.outputs, self.inputs, self.taps)
         return {f"{name}.weight": weight, f"{name}.bias": (self.outputs,)}
 
-    def apply(self, params: Parameters, name: str, x: Array) -> Array:
+    def apply(self, params: Parameters, name: str, x: Array, key: Array | None = None) -> Array:
         """``(time, inputs)`` to ``(time - dilation (taps - 1), outputs)``."""
         weight = params[f"{name}.weight"]
         shifts = [tap * self.dilation for tap in range(self.taps)]
@@ -84,7 +84,7 @@ class Function(Layer):
 
     function: Callable[[Array], Array]
 
-    def apply(self, params: Parameters, name: str, x: Array) -> Array:
+    def apply(self, params: Parameters, name: str, x: Array, key: Array | None = None) -> Array:
         """Apply the function."""
         return self.function(x)
 
@@ -100,10 +100,10 @@ class Skip(Layer):
         """Those of the chain, under ``module``."""
         return chain_shapes(self.layers, f"{name}.module")
 
-    def apply(self, params: Parameters, name: str, x: Array) -> Array:
+    def apply(self, params: Parameters, name: str, x: Array, key: Array | None = None) -> Array:
         """``(time, features)`` to ``(time - 2 crop, features)``."""
         shortcut = x[self.crop : x.shape[0] - self.crop]
-        return shortcut + apply_chain(self.layers, params, f"{name}.module", x)
+        return shortcut + apply_chain(self.layers, params, f"{name}.module", x, key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ class SkipLinear(Layer):
         """Those of the linear layer, under ``module``."""
         return self.linear.shapes(f"{name}.module")
 
-    def apply(self, params: Parameters, name: str, x: Array) -> Array:
+    def apply(self, params: Parameters, name: str, x: Array, key: Array | None = None) -> Array:
         """``(time, inputs)`` to ``(time, outputs)``."""
         missing = self.linear.outputs - self.linear.inputs
         shortcut = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (0, missing, 0)))
@@ -133,7 +133,7 @@ class Beside(Layer):
         """Those of the convolution, under ``layer``."""
         return self.conv.shapes(f"{name}.layer")
 
-    def apply(self, params: Parameters, name: str, x: Array) -> Array:
+    def apply(self, params: Parameters, name: str, x: Array, key: Array | None = None) -> Array:
         """``(time, inputs)`` to ``(time - taps + 1, outputs + inputs)``."""
         out = self.conv.apply(params, f"{name}.layer", x)
         return jnp.concatenate([out, x[: len(out)]], axis=1)
@@ -147,11 +147,16 @@ NORMALIZE = Function(lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True))
 
 @dataclass(frozen=True, eq=False)
 class Dropout(Layer):
-    """Dropout of whole features; off at evaluation."""
+    """Dropout of whole features for all time steps; off at evaluation."""
 
-    def apply(self, params: Parameters, name: str, x: Array) -> Array:
-        """Return the input."""
-        return x
+    rate: float
+
+    def apply(self, params: Parameters, name: str, x: Array, key: Array | None = None) -> Array:
+        """Return the input; in training with some features 0 and the others larger."""
+        if key is None:
+            return x
+        kept = jax.random.bernoulli(key, 1 - self.rate, (1, x.shape[1]))
+        return jnp.where(kept, x / (1 - self.rate), 0)
 
 
 def clamp(lower: float, upper: float) -> Function:
@@ -187,11 +192,21 @@ def chain_aliases(layers: tuple[Layer, ...], name: str) -> dict[str, str]:
     return aliases
 
 
-def apply_chain(layers: tuple[Layer, ...], params: Parameters, name: str, x: Array) -> Array:
-    """Apply one layer after the other."""
-    for _, owner, layer in named(layers, name):
-        x = layer.apply(params, owner, x)
+def apply_chain(
+    layers: tuple[Layer, ...], params: Parameters, name: str, x: Array, key: Array | None = None
+) -> Array:
+    """Apply one layer after the other, each with a key of its own if there is one."""
+    for place, (_, owner, layer) in enumerate(named(layers, name)):
+        x = layer.apply(params, owner, x, None if key is None else jax.random.fold_in(key, place))
     return x
+
+
+def has_dropout(layers: tuple[Layer, ...]) -> bool:
+    """Whether a chain does otherwise in training."""
+    return any(
+        isinstance(layer, Dropout) or (isinstance(layer, Skip) and has_dropout(layer.layers))
+        for layer in layers
+    )
 
 
 @functools.partial(jax.jit, static_argnames="shapes")
@@ -205,11 +220,13 @@ def initialise(key: Array, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> d
     Source: torch ``nn.Linear.reset_parameters``, ``nn.Conv1d.reset_parameters``.
     """
     by_name = dict(shapes)
-
-    def draw(key: Array, name: str) -> Array:
+    sizes = [math.prod(shape) for shape in by_name.values()]
+    # All at once, since every draw of its own takes its time to compile.
+    values = jax.random.uniform(key, (sum(sizes),), jnp.float32, -1, 1)
+    params, start = {}, 0
+    for (name, shape), size in zip(by_name.items(), sizes, strict=True):
         weight = by_name[f"{name.rpartition('.')[0]}.weight"]
         bound = 1 / math.sqrt(math.prod(weight[1:]))
-        return jax.random.uniform(key, by_name[name], jnp.float32, -bound, bound)
-
-    keys = jax.random.split(key, len(by_name))
-    return {name: draw(key, name) for key, name in zip(keys, by_name, strict=True)}
+        params[name] = bound * values[start : start + size].reshape(shape)
+        start += size
+    return params
