@@ -98,10 +98,9 @@ def test_under_jit_and_vmap_and_forward(name):
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), (model, recording))
     mapped = jax.vmap(jax.value_and_grad(bits, argnums=(0, 1)))(*stacked)
 
-    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves((value, gradient)))
-
     def close(found, expected):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * largest)
+        # Similarities of order 1 nearly cancel: rounding is that of float32 at 1.
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=5e-7)
 
     jax.tree.map(close, jitted, (value, gradient))
     jax.tree.map(lambda x, y: close(x[1], y), mapped, (value, gradient))
