@@ -1,13 +1,13 @@
-"""Training against CEBRA, and many seeds in one call against one call for each."""
+"""Training against CEBRA, many seeds in one call, and gradients over many batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from benchmarks.data import BATCH_SIZE, recording
-from benchmarks.measure import Comparison, compare
-from cebra_jax_metrics import fit, samplers
+from benchmarks.data import BATCH_SIZE, NEURONS, recording
+from benchmarks.measure import Comparison, compare, peak_memory
+from cebra_jax_metrics import Encoder, Model, estimate_infonce, fit, samplers
 
 PEER = "CEBRA 0.6.1"
 SEEDS, TIME_OFFSET = 16, 10
@@ -62,8 +62,42 @@ def many_seeds(num_steps: int, repeats: int) -> Comparison:
     return compare(case, f"{SEEDS} calls", together, one_by_one, repeats)
 
 
+def losses(num_batches: int) -> tuple[Model, Callable[[Model], jax.Array]]:
+    """A model, and its mean loss over batches as a function of it."""
+    X, labels = recording()
+    key = jax.random.key(0)
+    sampler = samplers.TimeDelta(labels, TIME_OFFSET)
+
+    def loss(model: Model) -> jax.Array:
+        options = {"batch_size": BATCH_SIZE, "num_batches": num_batches}
+        return estimate_infonce(key, model, X, sampler, **options).loss
+
+    return Model((Encoder.init(key, ARCHITECTURE, NEURONS, 32, 8),)), loss
+
+
+def gradient_in_full(num_batches: str) -> None:
+    """Data, model and gradient, to measure memory."""
+    model, loss = losses(int(num_batches))
+    jax.block_until_ready(jax.grad(loss)(model))
+
+
+def gradient(num_batches: int, repeats: int) -> Comparison:
+    """Of the goodness of fit over many batches, against its value."""
+    model, loss = losses(num_batches)
+    value, derivative = jax.jit(loss), jax.jit(jax.grad(loss))
+    return compare(
+        f"gradient of the loss over {num_batches} batches of {BATCH_SIZE}, {ARCHITECTURE}",
+        "the loss alone",
+        lambda: jax.block_until_ready(derivative(model)),
+        lambda: jax.block_until_ready(value(model)),
+        repeats,
+        our_memory=peak_memory("benchmarks.fit:gradient_in_full", num_batches),
+    )
+
+
 def run(quick: bool) -> list[Comparison]:
-    """Both."""
+    """Training, many seeds, and a gradient over many batches."""
     num_steps, repeats = (2, 1) if quick else (100, 3)
     rows = list(against_cebra(num_steps, repeats))
-    return [*rows, many_seeds(2 if quick else 20, repeats)]
+    rows.append(many_seeds(2 if quick else 20, repeats))
+    return [*rows, gradient(5 if quick else 500, repeats)]

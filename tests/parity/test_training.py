@@ -13,6 +13,7 @@ from cebra.data import Batch, BatchIndex
 from cebra.integrations.sklearn.dataset import SklearnDataset
 
 import cebra_jax_metrics as cjm
+from cebra_jax_metrics.demo import load_demo
 
 from . import peer
 
@@ -204,3 +205,39 @@ def test_default_optimizer_is_that_of_cebra():
     adam = cjm.fit(KEY, RECORDING.X, sampler, optimizer=optax.adam(3e-4), **options)
     np.testing.assert_allclose(default.history["total"], adam.history["total"], rtol=1e-6)
     assert cebra.CEBRA().learning_rate == 3e-4
+
+
+def test_reaches_the_goodness_of_fit_of_cebra():
+    """On the recording of the demo, after as many steps; the mean over five seeds each."""
+    demo, number = load_demo(), 5
+    settings = dict(num_hidden_units=32, output_dimension=3, batch_size=256)
+    steps = {"max_iterations": 200, "time_offsets": 10, "learning_rate": 1e-3}
+    theirs = []
+    for seed in range(number):
+        peer.seed(seed)
+        estimator = cebra.CEBRA(
+            model_architecture="offset10-model", device="cpu", **settings, **steps
+        ).fit(demo.spikes, demo.position)
+        theirs.append(
+            cjm.goodness_of_fit_score(estimator, demo.spikes, demo.position, num_batches=200)
+        )
+    sampler = cjm.samplers.TimeDelta(demo.position, 10)
+    stack = cjm.fit(
+        jax.random.split(KEY, number),
+        demo.spikes,
+        sampler,
+        architecture="offset10-model",
+        learning_rate=1e-3,
+        num_steps=200,
+        **settings,
+    )
+    ours = jax.vmap(
+        lambda model: (
+            cjm.estimate_infonce(
+                KEY, model, demo.spikes, sampler, batch_size=256, num_batches=200
+            ).bits
+        )
+    )(stack.model)
+    stderr = np.hypot(*(np.std(x, ddof=1) / number**0.5 for x in (ours, theirs)))
+    assert abs(np.mean(ours) - np.mean(theirs)) < 3 * stderr
+    assert np.mean(theirs) > 1  # they have learned
