@@ -50,9 +50,9 @@ def spread(
         ValueError: The mesh has no such axis or devices of several kinds, there are no items, or
             fewer than processes.
 
-    >>> import jax, numpy as np
-    >>> mesh = jax.make_mesh((1,), ("devices",))
-    >>> spread(jax.vmap(np.ndarray.sum), (), jax.numpy.eye(3), mesh=mesh).tolist()
+    >>> import jax
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("devices",))
+    >>> spread(jax.vmap(jax.numpy.sum), (), jax.numpy.eye(3), mesh=mesh).tolist()
     [1.0, 1.0, 1.0]
     """
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(items)}

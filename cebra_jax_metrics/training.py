@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import (
@@ -45,7 +45,7 @@ from cebra_jax_metrics.samplers import (
     Sampler,
     Time,
 )
-from cebra_jax_metrics.sharding import spread
+from cebra_jax_metrics.sharding import placed, spread
 
 Optimizer = Any  # optax.GradientTransformation, or a function of the learning rate that makes one
 LEARNING_RATE = 3e-4  # CEBRA's default
@@ -202,7 +202,7 @@ def fit(
     else:
         if not isinstance(state, TrainingState):
             raise TypeError(f"state has to be a TrainingState, got {type(state).__name__}.")
-        state = state if is_stack else jax.tree.map(lambda x: jnp.asarray(x)[None], state)
+        state = state if is_stack else jax.tree.map(lambda x: x[None], state)
         _check_state(state, expected, num_steps)
     settings = {
         "model_architecture": encoders[0].architecture,
@@ -214,19 +214,21 @@ def fit(
         "batch_size": None if isinstance(samplers[0], FullBatch) else batch_size,
         **_sampling_settings(samplers[0]),
     }
+    if not is_stack and not is_traced(rates, temperatures):
+        settings["temperature"] = float(temperatures[0])
+        settings |= {} if rates is None else {"learning_rate": float(rates[0])}
     needs = 3 * batch_size * encoders[0].receptive_field
     advance = partial(
         _advance,
         optimizer=optimizer,
         whole=len(values[0]) <= needs and not encoders[0].has_dropout,
-        over=partial(spread, mesh=mesh, axis_name=axis_name),
+        mesh=mesh,
+        axis_name=axis_name,
     )
 
     def result(state: TrainingState) -> Checkpoint:
         state = state if is_stack else jax.tree.map(lambda x: x[0], state)
         history: Any = state.history
-        if not is_traced(state.step):
-            history = {name: np.asarray(values) for name, values in history.items()}
         return Checkpoint(state.model, settings, history, _versions(), state)
 
     most = min(every, MAX_STEPS_AT_ONCE, max(1, MAX_QUERIES_AT_ONCE // batch_size))
@@ -407,30 +409,34 @@ def _advance(
     *,
     optimizer: Optimizer,
     whole: bool,
-    over: Callable[..., Any],
+    mesh: Mesh | None,
+    axis_name: str | None,
 ) -> tuple[TrainingState, _Bad | None]:
     """Take steps ``[first, stop)``, and say whether something was no longer finite."""
-    in_turn = jax.default_backend() == "cpu"
-    model, optimizer_state, log, is_finite = over(
+    model, optimizer_state, log, is_finite = spread(
         _train,
         (recordings, np.int32(first), np.int32(stop)),
         (state.model, state.optimizer_state, *runs),
+        mesh=mesh,
+        axis_name=axis_name,
         optimizer=optimizer,
         whole=whole,
-        in_turn=in_turn,
+        in_turn=jax.default_backend() == "cpu",
     )
+    xp: Any = np  # without compiling for each number of steps
+    if is_traced(is_finite):
+        xp = jnp
+    elif mesh is not None:
+        log, is_finite = placed((log, is_finite), mesh, PartitionSpec())
+    log, is_finite = jax.tree.map(lambda x: xp.asarray(x)[:, : stop - first], (log, is_finite))
     history = {
-        name: jnp.concatenate([state.history[name], values[:, : stop - first]], axis=1)
-        for name, values in log.items()
+        name: xp.concatenate([state.history[name], values], axis=1) for name, values in log.items()
     }
     after = TrainingState(model, optimizer_state, state.step + (stop - first), history)
-    if is_traced(is_finite):
+    if is_traced(is_finite) or is_finite.all():
         return after, None
-    good = np.asarray(is_finite)[:, : stop - first]
-    if good.all():
-        return after, None
-    step = int(np.argmin(good.all(axis=0)))
-    which = "" if len(good) == 1 else f" of model {int(np.argmin(good[:, step]))}"
+    step = int(np.argmin(is_finite.all(axis=0)))
+    which = "" if len(is_finite) == 1 else f" of model {int(np.argmin(is_finite[:, step]))}"
     return after, _Bad(
         first + step,
         f"At step {first + step} the loss{which} or its gradient is not finite: the state before "

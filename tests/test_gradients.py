@@ -52,6 +52,7 @@ def test_first_derivatives_against_finite_differences(name):
         check_grads(bits, (model, recording), order=1, atol=1e-6, rtol=1e-6, eps=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
 def test_hessian_against_finite_differences(similarity):
     """Of the embeddings of a small batch, and the temperature."""
@@ -71,6 +72,7 @@ def test_hessian_against_finite_differences(similarity):
         check_grads(partial(loss, rows), (0.7,), order=2, atol=1e-6, rtol=1e-6, eps=1e-4)
 
 
+@pytest.mark.heavy
 @each
 def test_hessian_of_a_model(name):
     """Of the first few parameters and the temperature, symmetric and as differences say."""
@@ -90,6 +92,7 @@ def test_hessian_of_a_model(name):
             np.testing.assert_allclose(hessian[i], expected, atol=1e-6)
 
 
+@pytest.mark.heavy
 @each
 def test_under_jit_and_vmap_and_forward(name):
     model, recording = make(name, jnp.float32), jnp.asarray(X, jnp.float32)

@@ -84,7 +84,7 @@ def is_spread(x, number):
     return shards == [number // 8] * 8
 
 
-@pytest.mark.parametrize("num_batches", [16, 13, 3])
+@pytest.mark.parametrize("num_batches", [16, 13])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_estimates(mesh, name, num_batches):
     sampler = SAMPLERS[name]
@@ -103,9 +103,9 @@ def test_estimates(mesh, name, num_batches):
         assert all(is_spread(x, 16) for x in (*drawn, *each))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 8, 9])
-def test_chunks_on_a_mesh(mesh, chunk_size):
-    options = dict(batch_size=16, num_batches=21)
+@pytest.mark.parametrize(("num_batches", "chunk_size"), [(3, None), (21, 1), (21, 9)])
+def test_chunks_on_a_mesh(mesh, num_batches, chunk_size):
+    options = dict(batch_size=16, num_batches=num_batches)
     expected = estimate_infonce(KEY, MODEL, X, BY_POSITION, **options)
     found = estimate_infonce(
         KEY, MODEL, X, BY_POSITION, mesh=mesh, chunk_size=chunk_size, **options
@@ -204,8 +204,8 @@ def test_functions_with_the_signatures_of_cebra(mesh):
     )
 
 
-@pytest.mark.parametrize("rows", [1003, 1000, 12])
-@pytest.mark.parametrize("cv", [None, 2, 5])
+@pytest.mark.parametrize("rows", [1003, 12])
+@pytest.mark.parametrize("cv", [None, 5])
 def test_consistency(mesh, rows, cv):
     runs = [x[:rows] for x in RUNS]
     expected = consistency_score(runs, "runs", cv=cv).scores
@@ -413,7 +413,7 @@ def test_others_end_with_an_error_when_one_dies(files, victim):
     """And do not wait for ever."""
     processes = start(2, *files, MODELS[0], "--num-batches", "100000000")
     try:
-        time.sleep(15)  # they have met, and are at work
+        time.sleep(12)  # they have met, and are at work
         assert [process.poll() for process in processes] == [None, None]
         processes[victim].kill()
         assert processes[1 - victim].wait(timeout=60) != 0

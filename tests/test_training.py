@@ -118,7 +118,7 @@ def test_sessions_are_trained_together():
     expected = evaluate(first.model, recordings, batch).loss
     np.testing.assert_allclose(result.history["total"][:1], expected, rtol=1e-5)
     loss = float(multisession_infonce_loss(result, recordings, [LABELS, LABELS[:200]]))
-    assert loss < np.log(64) - 0.3
+    assert loss < result.history["total"][0] - 0.2
     discrete = samplers.DiscreteMultisession([KINDS, KINDS[:200]])
     train(discrete, recording=recordings)
     few = samplers.Multisession([np.tile(LABELS, (9, 1))] * 2, 3)  # windows of a batch only
