@@ -246,6 +246,12 @@ def test_lowers_for_every_platform(name):
             assert products
 
 
+@pytest.mark.parametrize("name", ALL_SAMPLERS)
+def test_indices_are_of_32_bits(name):
+    sampler = ALL_SAMPLERS[name]
+    assert all(x.dtype == jnp.int32 for x in draw(KEY, sampler, batch_size(sampler), 2))
+
+
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_embeddings_stored_in_bfloat16(temperature, seed):

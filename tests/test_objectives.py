@@ -276,28 +276,6 @@ def test_padded_sessions_are_drawn_alike():
         chex.assert_trees_all_equal(found, plain)
 
 
-def test_new_samplers_lower_for_every_platform():
-    continuous, discrete = labels_of_sessions("continuous"), labels_of_sessions("discrete")
-    behavior = samplers.TimeDelta(continuous[0], 2)
-    for sampler in (
-        samplers.Multisession(continuous, 2),
-        samplers.DiscreteMultisession(discrete),
-        samplers.Hybrid(behavior, 2),
-        samplers.FullBatch(behavior, 80, (2, 3)),
-    ):
-
-        def sample(key, sampler):
-            size = None if isinstance(sampler, samplers.FullBatch) else 16
-            return cjm.draw(jax.random.wrap_key_data(key), sampler, size, 4)
-
-        export = jax.export.export(jax.jit(sample), platforms=("cpu", "cuda", "tpu"))
-        text = export(jax.random.key_data(KEY), sampler).mlir_module()
-        assert "f64" not in text
-        assert "callback" not in text
-        batch = sample(jax.random.key_data(KEY), sampler)
-        assert all(x.dtype == jnp.int32 for x in batch)
-
-
 X0, X1 = np.zeros((120, 7)), np.zeros((100, 5))
 Y0, Y1 = np.zeros((120, 2), np.float32), np.zeros((100, 2), np.float32)
 JOINT = "multisession_infonce_loss"
