@@ -18,6 +18,8 @@ from cebra_jax_metrics.arrays import (
     as_integer,
     as_key,
     as_numpy,
+    as_rows,
+    check_dimensions,
     check_finite,
     is_traced,
     wide,
@@ -352,8 +354,9 @@ def _by_session(X: Any, sampler: Sampler) -> tuple[Any, ...]:
 
 
 def _width(X: Any) -> int:
-    shape = np.shape(X)
-    return shape[1] if len(shape) == 2 else 0
+    X = as_rows(X)
+    check_dimensions(X, least=2)
+    return X.shape[1]
 
 
 def _checked_recordings(

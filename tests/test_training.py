@@ -348,6 +348,7 @@ BAD = {
         "2 features",
     ),
     "short": (dict(recording=X[:4], sampler=samplers.Time(4)), ValueError, "minimum of 5"),
+    "one dimension": (dict(recording=X[:, 0]), ValueError, "Expected 2D array"),
     "nan": (dict(recording=np.where(X > 1, np.nan, X)), ValueError, "NaN"),
     "key": (dict(key=0), TypeError, "key"),
     "state": (dict(state="half way"), TypeError, "TrainingState"),
