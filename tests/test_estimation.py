@@ -90,6 +90,32 @@ def test_under_jit_with_everything_an_argument():
     chex.assert_trees_all_close(found, estimate_infonce(KEY, MODEL, X, SAMPLER, **SIZES), rtol=1e-5)
 
 
+def test_gradient_with_respect_to_model_and_recording():
+    model = make_model(name="offset1-model-mse", similarity="euclidean", temperature=0.7)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model)
+        recording = jnp.asarray(X, jnp.float64)
+
+        def bits(model, recording):
+            return estimate_infonce(KEY, model, recording, SAMPLER, **SIZES).bits
+
+        gradient = jax.grad(bits, argnums=(0, 1))(wide, recording)
+        direction = jax.tree.map(
+            lambda x: jnp.asarray(np.random.default_rng(1).normal(size=np.shape(x))),
+            (wide, recording),
+        )
+        step = 1e-5
+        ahead, behind = (
+            bits(*jax.tree.map(lambda x, d, s=s: x + s * d, (wide, recording), direction))
+            for s in (step, -step)
+        )
+        slope = sum(
+            jnp.vdot(g, d)
+            for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+        )
+        np.testing.assert_allclose(slope, (ahead - behind) / (2 * step), rtol=1e-6)
+
+
 def test_stacked_models():
     models = [make_model(seed, temperature=jnp.asarray(0.5 + seed)) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
