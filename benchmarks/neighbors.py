@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.measure import Comparison, Growth, compare, warm
-from cebra_jax_metrics.neighbors import nearest_on_host, nearest_under_jit
+from cebra_jax_metrics.neighbors import host_search, nearest_on_host, nearest_under_jit
 
 KINDS = ("smooth", "independent")
 QUERIES = 16_384
@@ -80,9 +80,15 @@ def _dimensions(quick: bool) -> Iterator[Comparison]:
 def _lengths(quick: bool) -> Iterator[Growth]:
     sizes = [1_000, 10_000] if quick else [1_000, 10_000, 100_000, 1_000_000]
     for dimensions in (1, 2, 3):
-        times = []
+        building, asking = [], []
         for steps in sizes:
-            labels, query = labels_and_queries("smooth", steps, dimensions, 256_000)
-            times.append(warm(lambda a=labels, b=query: nearest_on_host(a, b, len(a)), 1))
-        case = f"256 000 queries, smooth labels of {dimensions} dimensions; labels:"
-        yield Growth(case, sizes, times)
+            labels, query = (
+                x.astype(np.float64)
+                for x in labels_and_queries("smooth", steps, dimensions, 256_000)
+            )
+            building.append(warm(lambda labels=labels: host_search(labels)))
+            search = host_search(labels)
+            asking.append(warm(lambda search=search, query=query: search(query)))
+        case = f"smooth labels of {dimensions} dimensions; labels:"
+        yield Growth(f"256 000 queries, {case}", sizes, asking)
+        yield Growth(f"preparing the search, {case}", sizes, building)

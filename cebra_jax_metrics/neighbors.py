@@ -15,7 +15,7 @@ but from a tree whose labels showed no such case in a trial.
 
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -24,15 +24,15 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import map_rows, on_cpu, pad_rows
+from cebra_jax_metrics.arrays import map_rows, on_cpu
 
 # Up to so many dimensions the tree is always used on the host; up to so many it is tried.
 TREE_DIMENSIONS, TRIED_DIMENSIONS = 8, 64
 TRIAL_QUERIES = 128
-# What the product takes on one core for each query and label, and for each dimension of them.
-PRODUCT_SECONDS, PRODUCT_SECONDS_PER_DIMENSION = 2e-9, 2.4e-11
+# What the product takes for each query and label, and for each dimension of them (two cores).
+PRODUCT_SECONDS, PRODUCT_SECONDS_PER_DIMENSION = 2.2e-9, 1.1e-11
 QUERY_BLOCK, LABEL_BLOCK = 512, 2048
-HOST_QUERIES = 16 * QUERY_BLOCK
+CANDIDATE_VALUES = 2**22  # how many are compared exactly at a time: bounds memory
 
 
 def nearest(
@@ -76,34 +76,39 @@ def nearest_on_host(
     labels = np.asarray(labels, np.float64)[: int(np.asarray(length))]
     query = np.asarray(query, np.float64)
     if groups is None:
-        return _search_host(labels, query)
+        return host_search(labels)(query)
     groups, query_groups = np.asarray(groups)[: len(labels)], np.asarray(query_groups)
     nearest = np.zeros(len(query), np.int32)
     for group in np.unique(query_groups):
         members, asking = np.flatnonzero(groups == group), np.flatnonzero(query_groups == group)
-        found = _search_host(labels[members], np.take(query, asking, axis=0))
+        found = host_search(labels[members])(np.take(query, asking, axis=0))
         nearest[asking] = members[found]
     return nearest
 
 
-def _search_host(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
+def host_search(labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Prepare labels ``(time, features)`` in float64 for a search on the host."""
     dimensions = labels.shape[1]
     if dimensions == 1:
-        return _search_sorted(labels[:, 0], query[:, 0])
+        return partial(_search_sorted, *np.unique(labels[:, 0], return_index=True))
     if dimensions > TRIED_DIMENSIONS:
-        return _search_product(labels, query)
+        return partial(_search_product, labels)
     tree = _Tree(labels)
-    if dimensions > TREE_DIMENSIONS and len(query) > TRIAL_QUERIES:
+    return tree.search if dimensions <= TREE_DIMENSIONS else partial(_search_the_faster_way, tree)
+
+
+def _search_the_faster_way(tree: "_Tree", query: np.ndarray) -> np.ndarray:
+    if len(query) > TRIAL_QUERIES:
         start = time.perf_counter()
-        tree.tree.query(query[:TRIAL_QUERIES])
-        expected = PRODUCT_SECONDS + dimensions * PRODUCT_SECONDS_PER_DIMENSION
-        if time.perf_counter() - start > TRIAL_QUERIES * len(labels) * expected:
-            return _search_product(labels, query)
+        tree.tree.query(query[:TRIAL_QUERIES], workers=-1)
+        taken = (time.perf_counter() - start) / (TRIAL_QUERIES * len(tree.labels))
+        if taken > PRODUCT_SECONDS + tree.labels.shape[1] * PRODUCT_SECONDS_PER_DIMENSION:
+            return _search_product(tree.labels, query)
     return tree.search(query)
 
 
-def _search_sorted(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
-    values, first = np.unique(labels, return_index=True)
+def _search_sorted(values: np.ndarray, first: np.ndarray, query: np.ndarray) -> np.ndarray:
+    query = query[:, 0]
     right = np.minimum(np.searchsorted(values, query), len(values) - 1)
     left = np.maximum(right - 1, 0)
     below, above = np.abs(query - values[left]), np.abs(values[right] - query)
@@ -190,16 +195,58 @@ def _along_curve(points: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _search_product(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """The jitted search in float64, for blocks of queries of one size so that it compiles once."""
-    number = len(query)
-    cpu = jax.local_devices(backend="cpu")[0]
-    with jax.enable_x64(True), jax.default_device(cpu):
-        padded, queries = pad_rows(labels), np.pad(query, ((0, -number % HOST_QUERIES), (0, 0)))
-        found = [
-            np.asarray(nearest_under_jit(padded, queries[i : i + HOST_QUERIES], len(labels)))
-            for i in range(0, number, HOST_QUERIES)
-        ]
-    return np.concatenate(found)[:number]
+    """A product in float32 tells which labels can be the nearest; those are compared in float64."""
+    centre = labels.mean(axis=0)
+    # Nothing overflows in units of the largest difference.
+    scale = max(np.abs(bound - centre).max() for bound in _bounds(labels) + _bounds(query)) or 1.0
+    rough = ((labels - centre) / scale).astype(np.float32)
+    squares = np.sum(rough**2, axis=1, keepdims=True)
+    longest = np.sqrt(squares.max())
+    augmented = np.concatenate([rough, squares], axis=1)
+    nearest = np.empty(len(query), np.int32)
+    for start in range(0, len(query), QUERY_BLOCK):
+        asked = query[start : start + QUERY_BLOCK]
+        around = ((asked - centre) / scale).astype(np.float32)
+        length = np.sqrt(np.sum(around**2, axis=1))
+        # Twice what rounding can make of a² - 2ab, in a product of any order of summation.
+        rounding = 2 * (labels.shape[1] + 8) * np.finfo(np.float32).eps
+        slack = rounding * (length + longest) ** 2
+        factors = np.concatenate([-2 * around, np.ones_like(around[:, :1])], axis=1)
+        lowest = np.full(len(asked), np.inf, np.float32)
+        best = np.full(len(asked), np.inf), np.zeros(len(asked), np.int32)
+        for first in range(0, len(labels), LABEL_BLOCK):
+            distance = factors @ augmented[first : first + LABEL_BLOCK].T
+            lowest = np.minimum(lowest, distance.min(axis=1))
+            which, candidate = np.nonzero(distance <= (lowest + slack)[:, None])
+            best = _closest(labels, asked, which, candidate + first, best)
+        nearest[start : start + QUERY_BLOCK] = best[1]
+    return nearest
+
+
+def _bounds(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rows.min(axis=0), rows.max(axis=0)
+
+
+def _closest(
+    labels: np.ndarray,
+    query: np.ndarray,
+    which: np.ndarray,
+    candidate: np.ndarray,
+    best: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare the best so far with candidates, which come in the order of time for each query."""
+    squared, nearest = best
+    size = max(1, CANDIDATE_VALUES // labels.shape[1])
+    for start in range(0, len(which), size):
+        asking, found = which[start : start + size], candidate[start : start + size]
+        exact = np.sum((labels[found] - query[asking]) ** 2, axis=1)
+        order = np.lexsort((found, exact, asking))
+        asking, first = np.unique(asking[order], return_index=True)
+        exact, found = exact[order][first], found[order][first]
+        is_closer = exact < squared[asking]
+        squared[asking[is_closer]] = exact[is_closer]
+        nearest[asking[is_closer]] = found[is_closer]
+    return squared, nearest
 
 
 @jax.jit

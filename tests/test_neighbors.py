@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cebra_jax_metrics import neighbors
 from cebra_jax_metrics.neighbors import nearest, nearest_on_host, nearest_under_jit
 
 
@@ -95,12 +96,13 @@ def test_large_labels_do_not_lose_the_nearest():
     np.testing.assert_array_equal(nearest_under_jit(labels, query, 2000), expected)
 
 
-@pytest.mark.parametrize("features", [1, 3])
+@pytest.mark.parametrize("features", [1, 3, 70])
 @pytest.mark.parametrize("scale", [1e-10, 1e20, 1e30])
 def test_labels_of_any_size(features, scale):
     labels, query = case(5, 300, features, 100, False)
     labels, query = (x * np.float32(scale) for x in (labels, query))
     expected = nearest_on_host(labels, query, 300)
+    assert_right(labels / np.float32(scale), query / np.float32(scale), expected, tolerance=1e-6)
     np.testing.assert_array_equal(nearest_under_jit(labels, query, 300), expected)
 
 
@@ -135,3 +137,22 @@ def test_ties_of_labels_that_rest_on_a_grid(rest):
     expected = squared_distances(labels, query).argmin(1)  # the earliest
     np.testing.assert_array_equal(nearest_on_host(labels, query, len(labels)), expected)
     np.testing.assert_array_equal(nearest_under_jit(labels, query, len(labels)), expected)
+
+
+@pytest.mark.parametrize("spacing", [0.0, 1e-7])
+def test_labels_that_a_product_cannot_tell_apart(spacing, monkeypatch):
+    """All are candidates; they are compared in pieces that end within one query's."""
+    monkeypatch.setattr(neighbors, "CANDIDATE_VALUES", 100 * 70)
+    rng = np.random.default_rng(7)
+    labels = rng.normal(size=(1, 70)) + spacing * rng.normal(size=(3000, 70))
+    query = np.concatenate([labels[rng.integers(0, 3000, 20)], 1e3 * rng.normal(size=(5, 70))])
+    labels, query = labels.astype(np.float32), query.astype(np.float32)
+    expected = squared_distances(labels, query).argmin(1)
+    np.testing.assert_array_equal(nearest_on_host(labels, query, 3000), expected)
+
+
+def test_queries_far_from_tiny_labels():
+    labels, query = case(8, 300, 70, 10, False)
+    labels, query = labels * np.float32(1e-30), query * np.float32(1e30)
+    expected = squared_distances(labels, query).argmin(1)
+    np.testing.assert_array_equal(nearest_on_host(labels, query, 300), expected)

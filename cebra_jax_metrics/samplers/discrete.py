@@ -42,16 +42,17 @@ def uniform_over_values(
     )
     value = uniform_steps(which, shape, jnp.sum(is_first))
     stop = jnp.minimum(starts[value + 1], length)
-    return order[jax.random.randint(within, shape, starts[value], stop, dtype=jnp.int32)]
+    start = starts[value]
+    return order[start + uniform_steps(within, shape, stop - start)]
 
 
 def matching_step(key: Array, labels: Array, length: ArrayLike, wanted: Array) -> Array:
     """For every wanted label a time step that has it, uniform among them."""
     order, values = sorted_steps(labels, length)
-    start = jnp.searchsorted(values, wanted, side="left")
+    start = jnp.searchsorted(values, wanted, side="left").astype(jnp.int32)
     stop = jnp.searchsorted(values, wanted, side="right").astype(jnp.int32)
     stop = jnp.minimum(stop, length)
-    return order[jax.random.randint(key, wanted.shape, start, stop, dtype=jnp.int32)]
+    return order[start + uniform_steps(key, wanted.shape, stop - start)]
 
 
 @pytree(static=("prior",))
