@@ -36,6 +36,8 @@ from cebra_jax_metrics.samplers import (
     MultisessionBatch,
     Proposal,
     Sampler,
+    Soft,
+    SoftBatch,
 )
 from cebra_jax_metrics.samplers.base import SampleInTwoSteps
 from cebra_jax_metrics.sharding import check_enough, checked_mesh, from_shares, placed, spread
@@ -138,21 +140,20 @@ def draw(
     batch_size = check_batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
     key = as_key(key)
+    sampler = sampler.padded() if isinstance(sampler, SampleInTwoSteps) else sampler
     if not on_cpu(key, *jax.tree.leaves(sampler)):
-        shared, numbers = (key, _padded(sampler)), np.arange(start, start + num_batches)
-        return spread(_draw, shared, numbers, mesh=mesh, axis_name=axis_name, batch_size=batch_size)
-    # While something else is traced, known draws are made at once, on the host.
-    with jax.ensure_compile_time_eval():
-        padded = _padded(sampler)
+        numbers = np.arange(start, start + num_batches)
+        over = partial(spread, mesh=mesh, axis_name=axis_name)
+        batch = over(_draw, (key, sampler), numbers, batch_size=batch_size)
+    else:
 
         def some(first: int, last: int) -> Any:
-            return _draw(key, padded, start + np.arange(first, last), batch_size=batch_size)
+            return _draw(key, sampler, start + np.arange(first, last), batch_size=batch_size)
 
-        return from_shares(some, num_batches, mesh, axis_name)
-
-
-def _padded(sampler: Sampler) -> Sampler:
-    return sampler.padded() if isinstance(sampler, SampleInTwoSteps) else sampler
+        # While something else is traced, known draws are made at once, on the host.
+        with jax.ensure_compile_time_eval():
+            batch = from_shares(some, num_batches, mesh, axis_name)
+    return sampler.attached(batch) if isinstance(sampler, SampleInTwoSteps) else batch
 
 
 def check_batch_size(sampler: Sampler, batch_size: int | None) -> int:
@@ -319,6 +320,12 @@ def _parts(
             str(session): InfoNCE(*(x[:, session] for x in losses))
             for session in range(len(encoders))
         }
+    if isinstance(batch, SoftBatch):
+        drawn = batch.reference, batch.query, batch.negative
+        return {
+            name: over(_soft_losses, (criterion, encoders[0], windows[0], batch.sampler), drawn)
+            for name, windows in spaces.items()
+        }
     batches = batch.objectives if isinstance(batch, HybridBatch) else dict.fromkeys(spaces, batch)
     return {
         name: over(_losses, (criterion, encoders[0], windows[0]), Batch(*batches[name]))
@@ -342,6 +349,25 @@ def _losses(criterion: Criterion, encoder: Encoder, windows: Windows, batch: Bat
     def one(batch: Batch) -> InfoNCE:
         reference, positive, negative = (_at(windows, encoder, steps) for steps in batch)
         return criterion(reference, positive, negative)
+
+    return jax.lax.map(one, batch)
+
+
+@jax.jit
+def _soft_losses(
+    criterion: Criterion,
+    encoder: Encoder,
+    windows: Windows,
+    sampler: Soft,
+    batch: tuple[Array, Array, Array],
+) -> InfoNCE:
+    every = _at(windows, encoder, jnp.arange(len(sampler.sampler.labels), dtype=jnp.int32))
+
+    @jax.checkpoint
+    def one(batch: tuple[Array, Array, Array]) -> InfoNCE:
+        reference, query, negative = batch
+        reference, negative = (_at(windows, encoder, steps) for steps in (reference, negative))
+        return criterion(reference, sampler.positive(every, query), negative)
 
     return jax.lax.map(one, batch)
 

@@ -45,6 +45,7 @@ from cebra_jax_metrics.samplers import (
     Multisession,
     MultisessionBatch,
     Sampler,
+    Soft,
     Time,
 )
 from cebra_jax_metrics.sharding import placed, spread
@@ -161,7 +162,7 @@ def fit(
         TrainingError: The loss is no longer finite; it says since when and holds what was before.
         ValueError: The recording, sampler, architecture, optimizer or state do not fit together, or
             a number is out of range.
-        TypeError: The key is no JAX key, or the optimizer none of optax.
+        TypeError: The key is no JAX key, the optimizer none of optax, or the sampler ``Soft``.
 
     Source: CEBRA 0.6.1 ``cebra.CEBRA.fit``, ``cebra.solver``.
 
@@ -271,6 +272,11 @@ def _stacked(
         )
     (number,) = numbers or {(1,)}
     samplers = list(sampler) if several else [sampler] * number[0]
+    if any(isinstance(each, Soft) for each in samplers):
+        raise TypeError(
+            "Encoders are trained on positives that are time steps: pass the sampler of the Soft "
+            "one, or differentiate evaluate(model, X, batch)."
+        )
     if len({type(each) for each in samplers}) > 1:
         raise ValueError(f"The samplers have to be of one kind, got {samplers}.")
     keys, temperatures = jnp.broadcast_to(key, number), _floats(temperature, number)

@@ -49,6 +49,7 @@ BY_POSITION = samplers.TimeDelta(LABELS, 3)
 MULTISESSION = samplers.Multisession([LABELS, LABELS[:80]])
 JOINT = Model((ENCODER, ENCODER))
 FULL = samplers.FullBatch(samplers.Time(120), 120, ENCODER.offset)
+SOFT = samplers.Soft(samplers.DeltaNormal(LABELS, 0.3), 0.1)
 ALL_SAMPLERS = {
     **SAMPLERS,
     "hybrid": samplers.Hybrid(BY_POSITION),
@@ -131,6 +132,12 @@ CALLS = {
             (CRITERION, JOINT.encoders, (WINDOWS, WINDOWS), draw(KEY, MULTISESSION, 16, 2)),
         ),
     ],
+    "estimation._soft_losses": [
+        (
+            lambda *arguments: estimation._soft_losses(*arguments[:4], arguments[4:]),
+            (CRITERION, ENCODER, WINDOWS, SOFT, BATCH.reference, LABELS[BATCH.positive], BATCH[2]),
+        ),
+    ],
     "estimation._uniform_terms": [
         (estimation._uniform_terms, (CRITERION, WINDOWS.rows, WINDOWS.rows)),
     ],
@@ -176,6 +183,7 @@ CALLS = {
     "samplers.mixed.Mixed.propose": [propose(samplers.Mixed(GROUPS, LABELS))],
     "samplers.hybrid.Hybrid.propose": [propose(samplers.Hybrid(BY_POSITION))],
     "samplers.full.FullBatch.propose": [propose(FULL)],
+    "samplers.soft.Soft.propose": [propose(SOFT)],
     "samplers.multisession.Multisession.propose": [propose(MULTISESSION)],
     "samplers.multisession.DiscreteMultisession.propose": [
         propose(ALL_SAMPLERS["discrete_multisession"])

@@ -11,6 +11,7 @@ from cebra_jax_metrics.samplers.multisession import (
     Multisession,
     MultisessionBatch,
 )
+from cebra_jax_metrics.samplers.soft import Soft, SoftBatch
 from cebra_jax_metrics.samplers.time import Time
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "MultisessionBatch",
     "Proposal",
     "Sampler",
+    "Soft",
+    "SoftBatch",
     "Time",
     "TimeDelta",
 ]

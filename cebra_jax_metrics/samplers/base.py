@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_array, as_integer, as_key, is_traced, pad_rows
+from cebra_jax_metrics.arrays import as_array, as_integer, as_key, is_traced, pad_rows, wide
 
 T = TypeVar("T")
 Leaf = Any  # anything array-like when a user passes it, an array once the sampler is made
@@ -75,10 +75,17 @@ class SampleInTwoSteps:
         """Find the positives of a proposal, or of many."""
         return Batch(proposal.reference, self.resolve(proposal.query), proposal.negative)
 
-    def sample(self: Sampler, key: Array, batch_size: int) -> Any:
+    def sample(self: Any, key: Array, batch_size: int) -> Any:
         """Draw one batch of ``batch_size`` references, positives and negatives."""
         batch_size = as_integer("batch_size", batch_size, at_least=1)
-        return self.complete(self.propose(as_key(key), batch_size))
+        return self.attached(self.complete(self.propose(as_key(key), batch_size)))
+
+    def attached(self, batch: Any) -> Any:
+        """The batch, or many, with what they need of the sampler itself: of most samplers nothing.
+
+        Apart from :meth:`complete`, since it has no axis for batches.
+        """
+        return batch
 
 
 class Conditional(Protocol):
@@ -219,6 +226,15 @@ def as_discrete(labels: object) -> Array:
 def as_leaf(value: Any, dtype: Any) -> Any:
     """A number, traced or not, as a leaf of one dtype whether or not JAX runs in x64."""
     return value.astype(dtype) if isinstance(value, Array) else np.asarray(value, dtype)
+
+
+def as_floats(name: str, value: Any) -> Any:
+    """Numbers as a leaf that is differentiated: float32, or as wide as they are in x64."""
+    value = as_array(value)
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or np.issubdtype(value.dtype, np.integer)):
+        raise TypeError(f"{name} has to be made of real numbers, got {value!r}.")
+    with np.errstate(over="ignore"):
+        return value.astype(jax.dtypes.canonicalize_dtype(wide(value.dtype)))
 
 
 def as_length(length: object, labels: Array) -> Any:

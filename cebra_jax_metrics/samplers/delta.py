@@ -1,5 +1,7 @@
 """Positives whose label is near the reference's, after a change drawn at random."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from cebra_jax_metrics.samplers.base import (
     Proposal,
     SampleInTwoSteps,
     as_continuous,
+    as_floats,
     as_leaf,
     as_length,
     jitted,
@@ -122,22 +125,29 @@ class DeltaNormal(SampleInTwoSteps):
         set_fields(
             self,
             labels=labels,
-            delta=as_leaf(self.delta, jnp.float32),
+            delta=as_floats("delta", self.delta),
             length=as_length(self.length, labels),
         )
 
     @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; queries are labels ``(batch, features)``."""
+        return self.propose_in(jnp.float32, key, batch_size)
+
+    def propose_in(self, dtype: Any, key: Array, batch_size: int) -> Proposal:
+        """The same with queries computed in another dtype, for derivatives in float64."""
         prior, noise = jax.random.split(key)
         steps = uniform_steps(prior, (2, batch_size), self.length)
-        return Proposal(steps[0], steps[1], self.query(noise, steps[0]))
+        return Proposal(steps[0], steps[1], self._query(dtype, noise, steps[0]))
 
     def query(self, key: Array, reference: Array) -> Array:
         """Draw the labels to look for at given references."""
+        return self._query(jnp.float32, key, reference)
+
+    def _query(self, dtype: Any, key: Array, reference: Array) -> Array:
         shape = (*reference.shape, self.labels.shape[1])
-        change = self.delta * jax.random.normal(key, shape, dtype=jnp.float32)
-        return self.labels[reference] + change
+        noise = jax.random.normal(key, shape, dtype=jnp.float32).astype(dtype)
+        return self.labels[reference].astype(dtype) + self.delta.astype(dtype) * noise
 
     def resolve(self, query: Array) -> Array:
         """Find the time steps whose labels are nearest."""
