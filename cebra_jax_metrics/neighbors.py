@@ -30,7 +30,7 @@ from cebra_jax_metrics.arrays import map_rows, on_cpu
 TREE_DIMENSIONS, TRIED_DIMENSIONS = 8, 64
 TRIAL_QUERIES = 128
 # What the product takes for each query and label, and for each dimension of them (two cores).
-PRODUCT_SECONDS, PRODUCT_SECONDS_PER_DIMENSION = 2.2e-9, 1.1e-11
+PRODUCT_SECONDS, PRODUCT_SECONDS_PER_DIMENSION = 1e-9, 1e-11
 QUERY_BLOCK, LABEL_BLOCK = 512, 2048
 CANDIDATE_VALUES = 2**22  # how many are compared exactly at a time: bounds memory
 
@@ -217,7 +217,9 @@ def _search_product(labels: np.ndarray, query: np.ndarray) -> np.ndarray:
         for first in range(0, len(labels), LABEL_BLOCK):
             distance = factors @ augmented[first : first + LABEL_BLOCK].T
             lowest = np.minimum(lowest, distance.min(axis=1))
-            which, candidate = np.nonzero(distance <= (lowest + slack)[:, None])
+            # Of one axis it is ten times as fast as of two.
+            places = np.flatnonzero(distance <= (lowest + slack)[:, None])
+            which, candidate = np.divmod(places, distance.shape[1])
             best = _closest(labels, asked, which, candidate + first, best)
         nearest[start : start + QUERY_BLOCK] = best[1]
     return nearest
