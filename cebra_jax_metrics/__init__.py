@@ -24,6 +24,7 @@ from cebra_jax_metrics.infonce import (
 from cebra_jax_metrics.metrics import (
     Consistency,
     ConsistencyTest,
+    bootstrap_consistency,
     consistency_score,
     consistency_test,
     goodness_of_fit_history,
@@ -33,9 +34,20 @@ from cebra_jax_metrics.metrics import (
     multisession_infonce_loss,
 )
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, embed
+from cebra_jax_metrics.nulls import GoodnessOfFitTest, goodness_of_fit_test
 from cebra_jax_metrics.plotting import plot_consistency
 from cebra_jax_metrics.sharding import spread
 from cebra_jax_metrics.training import TrainingError, TrainingState, fit
+from cebra_jax_metrics.uncertainty import (
+    Bootstrap,
+    Comparison,
+    bootstrap_goodness_of_fit,
+    compare_goodness_of_fit,
+    optimal_block_length,
+    required_gap,
+    time_folds,
+    time_split,
+)
 
 __version__ = "0.1.0"
 
@@ -67,10 +79,21 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "fit",
     "TrainingState",
     "TrainingError",
-    # inference
+    # uncertainty and inference
+    "goodness_of_fit_test",
+    "GoodnessOfFitTest",
     "consistency_test",
     "ConsistencyTest",
     "NullTest",
+    "bootstrap_goodness_of_fit",
+    "bootstrap_consistency",
+    "Bootstrap",
+    "optimal_block_length",
+    "compare_goodness_of_fit",
+    "Comparison",
+    "time_split",
+    "time_folds",
+    "required_gap",
     # models
     "Model",
     "Encoder",

@@ -322,11 +322,7 @@ def _relabelled(
     permute: bool,
     min_shift: int,
 ) -> Relabelled:
-    def align(x: Array, place: Array) -> Array:
-        every = jnp.ones(len(x), bool)
-        means, _ = bin_means(x, place, every, num_bins=num_bins, reach=reach)
-        rows = means[margin : num_bins - margin]
-        return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    align = partial(_aligned, num_bins=num_bins, margin=margin, reach=reach)
 
     def wrong(key: Array, place: Array) -> Array:
         if permute:
@@ -351,6 +347,73 @@ def _relabelled(
         )
 
     return lax.map(sample, keys, batch_size=SAMPLES_AT_A_TIME)
+
+
+def resampled_consistency(
+    steps: Sequence[ArrayLike],
+    embeddings: Sequence[Array],
+    places: Sequence[Array] | None = None,
+    *,
+    num_bins: int = 0,
+    margin: int = 0,
+    reach: int = 0,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
+) -> Array:
+    """The consistency of embeddings of which some rows are left out and others repeated.
+
+    Args:
+        steps: For each of M embeddings integers ``(samples, rows)``: the rows that it is made of.
+        embeddings: M arrays ``(time, features)`` without NaN.
+        places: Between datasets, the bin of every time step, ``(time,)`` for each.
+        num_bins: Number of bins.
+        margin: Number of bins at either end that become no row.
+        reach: How far an empty bin may reach (:func:`~cebra_jax_metrics.alignment.bin_means`).
+        mesh: Devices to spread the samples over (:func:`~cebra_jax_metrics.spread`).
+        axis_name: The axis of the mesh, where it has several.
+
+    Returns:
+        Scores ``(samples, M, M)``; NaN where a bin stays empty.
+    """
+    shared = tuple(embeddings), None if places is None else tuple(places)
+    return spread(
+        _resampled,
+        shared,
+        tuple(steps),
+        mesh=mesh,
+        axis_name=axis_name,
+        num_bins=num_bins,
+        margin=margin,
+        reach=reach,
+    )
+
+
+@partial(jax.jit, static_argnames=("num_bins", "margin", "reach"))
+def _resampled(
+    embeddings: Sequence[Array],
+    places: Sequence[Array] | None,
+    steps: Sequence[Array],
+    *,
+    num_bins: int,
+    margin: int,
+    reach: int,
+) -> Array:
+    def sample(steps: Sequence[Array]) -> Array:
+        rows = [x[some] for x, some in zip(embeddings, steps, strict=True)]
+        if places is not None:
+            bins = [place[some] for place, some in zip(places, steps, strict=True)]
+            align = partial(_aligned, num_bins=num_bins, margin=margin, reach=reach)
+            rows = list(map(align, rows, bins))
+        return consistency_matrix(rows)
+
+    return lax.map(sample, tuple(steps), batch_size=SAMPLES_AT_A_TIME)
+
+
+def _aligned(x: Array, place: Array, *, num_bins: int, margin: int, reach: int) -> Array:
+    """Mean embedding of every bin, normalised."""
+    means, _ = bin_means(x, place, jnp.ones(len(x), bool), num_bins=num_bins, reach=reach)
+    rows = means[margin : num_bins - margin]
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
 class _Rows:

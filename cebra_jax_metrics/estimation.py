@@ -1,6 +1,7 @@
 """InfoNCE of a model on a recording: the mean over batches, with its standard error."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,6 +47,9 @@ from cebra_jax_metrics.sharding import check_enough, checked_mesh, from_shares, 
 MAX_QUERIES_AT_ONCE = 2**18
 # The features that the behaviour objective of CEBRA's hybrid models is trained on.
 BEHAVIOR_FEATURES = 3
+
+# The most batches that a wanted standard error may take.
+MAX_BATCHES = 100_000
 
 FeatureRange = slice | Sequence[slice] | None
 
@@ -218,12 +222,12 @@ def evaluate(
     """
     over = partial(spread, mesh=mesh, axis_name=axis_name)
     is_joint = isinstance(batch, MultisessionBatch)
-    encoders, windows = _embedded(model, X, session_id, is_joint, mesh, axis_name)
+    encoders, windows = embedded(model, X, session_id, is_joint, mesh, axis_name)
     spaces = subspaces(windows, feature_range, renormalize, isinstance(batch, HybridBatch))
     return losses_of(as_model(model).criterion, encoders, spaces, batch, over)
 
 
-def _embedded(
+def embedded(
     model: Model | Checkpoint,
     X: Any,
     session_id: int | None,
@@ -333,12 +337,12 @@ def _parts(
     }
 
 
-def _at(windows: Windows, encoder: Encoder, steps: Array) -> Array:
+def rows_at(windows: Windows, encoder: Encoder, steps: Array) -> Array:
     """Embeddings of time steps."""
-    return windows.rows[encoder.window_of(steps, _num_steps(windows, encoder))]
+    return windows.rows[encoder.window_of(steps, length_of(windows, encoder))]
 
 
-def _num_steps(windows: Windows, encoder: Encoder) -> Any:
+def length_of(windows: Windows, encoder: Encoder) -> Any:
     """Length of the recording."""
     return windows.number + encoder.receptive_field - 1
 
@@ -347,7 +351,7 @@ def _num_steps(windows: Windows, encoder: Encoder) -> Any:
 def _losses(criterion: Criterion, encoder: Encoder, windows: Windows, batch: Batch) -> InfoNCE:
     @jax.checkpoint
     def one(batch: Batch) -> InfoNCE:
-        reference, positive, negative = (_at(windows, encoder, steps) for steps in batch)
+        reference, positive, negative = (rows_at(windows, encoder, steps) for steps in batch)
         return criterion(reference, positive, negative)
 
     return jax.lax.map(one, batch)
@@ -361,12 +365,12 @@ def _soft_losses(
     sampler: Soft,
     batch: tuple[Array, Array, Array],
 ) -> InfoNCE:
-    every = _at(windows, encoder, jnp.arange(len(sampler.sampler.labels), dtype=jnp.int32))
+    every = rows_at(windows, encoder, jnp.arange(len(sampler.sampler.labels), dtype=jnp.int32))
 
     @jax.checkpoint
     def one(batch: tuple[Array, Array, Array]) -> InfoNCE:
         reference, query, negative = batch
-        reference, negative = (_at(windows, encoder, steps) for steps in (reference, negative))
+        reference, negative = (rows_at(windows, encoder, steps) for steps in (reference, negative))
         return criterion(reference, sampler.positive(every, query), negative)
 
     return jax.lax.map(one, batch)
@@ -387,7 +391,9 @@ def _joint_losses(
 
     def embed(steps: Array) -> Array:
         """``(sessions, batch)`` indices to ``(sessions, batch, features)``."""
-        return jnp.stack([_at(w, e, s) for e, w, s in zip(encoders, windows, steps, strict=True)])
+        return jnp.stack(
+            [rows_at(w, e, s) for e, w, s in zip(encoders, windows, steps, strict=True)]
+        )
 
     @jax.checkpoint
     def one(batch: MultisessionBatch) -> InfoNCE:
@@ -411,10 +417,10 @@ def _full_losses(
     criterion: Criterion, encoder: Encoder, windows: Windows, uniform: Array, batch: Batch
 ) -> InfoNCE:
     """InfoNCE of full batches: only their positives differ."""
-    reference = _at(windows, encoder, batch.reference[0])
+    reference = rows_at(windows, encoder, batch.reference[0])
 
     def align(steps: Array) -> Array:
-        return criterion(reference, _at(windows, encoder, steps), reference[:1]).align
+        return criterion(reference, rows_at(windows, encoder, steps), reference[:1]).align
 
     each = jax.lax.map(align, batch.positive)
     return InfoNCE(each + uniform, each, jnp.broadcast_to(uniform, each.shape))
@@ -431,7 +437,8 @@ def check_lengths(sampler: Any, encoders: Sequence[Encoder], num_steps: list[Any
             )
         return
     inner = getattr(sampler, "behavior", sampler)
-    lengths = getattr(inner, "lengths", (getattr(inner, "length", 0),))
+    span = getattr(inner, "span", getattr(inner, "length", 0))
+    lengths = getattr(inner, "lengths", (span,))
     if len(lengths) != len(num_steps):
         raise ValueError(
             f"The sampler is for {len(lengths)} sessions, there are {len(num_steps)} recordings."
@@ -451,6 +458,8 @@ def estimate_infonce(
     *,
     batch_size: int | None = None,
     num_batches: int = 500,
+    target_stderr_bits: float | None = None,
+    max_batches: int = MAX_BATCHES,
     session_id: int | None = None,
     feature_range: FeatureRange = None,
     renormalize: bool = False,
@@ -472,7 +481,10 @@ def estimate_infonce(
         sampler: One of ``cebra_jax_metrics.samplers``.
         batch_size: References, positives and negatives per batch (and session); needed unless the
             sampler is ``samplers.FullBatch``.
-        num_batches: Batches to average.
+        num_batches: Batches to average; with a target, those to start with.
+        target_stderr_bits: Draw more batches until the standard error is at most this, in bits. The
+            result is that of as many batches asked for at once.
+        max_batches: The most to draw for it; where they do not suffice, there is a warning.
         session_id: Which encoder of a multi-session model to use.
         feature_range: Features of the embedding to score, see :func:`evaluate`.
         renormalize: Divide the embeddings in a feature range by their norm.
@@ -498,6 +510,8 @@ def estimate_infonce(
     key = as_key(key)
     batch_size = check_batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
+    if target_stderr_bits is not None:
+        _check_target(target_stderr_bits, num_batches, max_batches)
     processes, devices = 1, 1
     if mesh is not None:
         mesh, axis_name = checked_mesh(mesh, axis_name)
@@ -506,9 +520,9 @@ def estimate_infonce(
     chunk_size += -chunk_size % devices
     over = partial(spread, mesh=mesh, axis_name=axis_name)
     is_joint = isinstance(sampler, Multisession | DiscreteMultisession)
-    encoders, windows = _embedded(model, X, session_id, is_joint, mesh, axis_name)
+    encoders, windows = embedded(model, X, session_id, is_joint, mesh, axis_name)
     spaces = subspaces(windows, feature_range, renormalize, isinstance(sampler, Hybrid))
-    check_lengths(sampler, encoders, list(map(_num_steps, windows, encoders)))
+    check_lengths(sampler, encoders, list(map(length_of, windows, encoders)))
     criterion = as_model(model).criterion
     if mesh is not None:  # once for all chunks
         criterion, encoders, spaces = placed((criterion, encoders, spaces), mesh, PartitionSpec())
@@ -518,26 +532,65 @@ def estimate_infonce(
             rows = space.rows[: sampler.batch_size]
             uniform[name] = jnp.mean(over(_uniform_terms, (criterion, rows), rows))
     chunks: list[dict[str, InfoNCE]] = []
-    for start in progress(range(0, num_batches, chunk_size)):
-        # Chunks are all of one size, so that one compilation serves them: the last overshoots.
-        batch = draw(
-            key, sampler, batch_size, chunk_size, start=start, mesh=mesh, axis_name=axis_name
-        )
-        if isinstance(sampler, FullBatch):
-            chunks.append(
-                {
-                    name: over(_full_losses, (criterion, *encoders, *space, uniform[name]), batch)
-                    for name, space in spaces.items()
-                }
+    while True:
+        for start in progress(range(len(chunks) * chunk_size, num_batches, chunk_size)):
+            # Chunks are all of one size, so that one compilation serves them: the last overshoots.
+            batch = draw(
+                key, sampler, batch_size, chunk_size, start=start, mesh=mesh, axis_name=axis_name
             )
-        else:
-            chunks.append(_parts(over, criterion, encoders, spaces, batch))
-    num_negatives = math.prod(batch.negative.shape[1:])
-    parts = {
-        name: _summarise(tuple(chunk[name] for chunk in chunks), num_batches=num_batches)
-        for name in chunks[0]
-    }
-    return _combined(parts, num_negatives, is_joint)
+            if isinstance(sampler, FullBatch):
+                shared = criterion, *encoders
+                chunks.append(
+                    {
+                        name: over(_full_losses, (*shared, *space, uniform[name]), batch)
+                        for name, space in spaces.items()
+                    }
+                )
+            else:
+                chunks.append(_parts(over, criterion, encoders, spaces, batch))
+            num_negatives = math.prod(batch.negative.shape[1:])
+        parts = {
+            name: _summarise(tuple(chunk[name] for chunk in chunks), num_batches=num_batches)
+            for name in chunks[0]
+        }
+        estimate = _combined(parts, num_negatives, is_joint)
+        wanted = num_batches
+        if target_stderr_bits is not None:
+            wanted = _batches_for(estimate, num_batches, target_stderr_bits, max_batches)
+        if wanted == num_batches:
+            return estimate
+        num_batches = wanted
+
+
+def _check_target(target: float, num_batches: int, max_batches: int) -> None:
+    if is_traced(target) or not isinstance(target, int | float | np.number) or not target > 0:
+        raise ValueError(f"target_stderr_bits has to be a number above 0, got {target!r}.")
+    as_integer("max_batches", max_batches, at_least=1)
+    if not 2 <= num_batches <= max_batches:
+        raise ValueError(
+            f"target_stderr_bits takes from 2 to max_batches={max_batches} batches to start with, "
+            f"got num_batches={num_batches}."
+        )
+
+
+def _batches_for(estimate: Estimate, num_batches: int, target: float, max_batches: int) -> int:
+    """How many batches to go on with, or as many as there are where there is no need."""
+    if is_traced(estimate.stderr):
+        raise ValueError(
+            "target_stderr_bits takes known values: leave it out under jit, grad and vmap."
+        )
+    stderr = float(estimate.bits_stderr)
+    if stderr <= target or not math.isfinite(stderr):
+        return num_batches
+    if num_batches == max_batches:
+        warnings.warn(
+            f"After max_batches={max_batches} batches the standard error is {stderr:.2g} bits, "
+            f"above the {target:g} asked for.",
+            stacklevel=3,
+        )
+        return num_batches
+    expected = min(num_batches * (stderr / target) ** 2, max_batches)  # as it shrinks with the root
+    return min(max(math.ceil(1.02 * expected), num_batches + 1), max_batches)
 
 
 def _even_chunks(

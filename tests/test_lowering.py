@@ -25,6 +25,7 @@ from cebra_jax_metrics import (
     infonce,
     model,
     neighbors,
+    nulls,
     samplers,
     spread,
     training,
@@ -45,6 +46,8 @@ BATCH = draw(KEY, SAMPLER, 16, 4)
 WINDOWS = encode_recording(ENCODER, X)
 GROUPS = jnp.zeros(120, jnp.int32)
 PAIR = (X, X[:, :3])
+STEPS = (jnp.arange(120, dtype=jnp.int32)[None], jnp.zeros((1, 120), jnp.int32))
+SHIFTED = (CRITERION, ENCODER, WINDOWS, STEPS[0][0], BATCH, jnp.arange(3, dtype=jnp.int32))
 BY_POSITION = samplers.TimeDelta(LABELS, 3)
 MULTISESSION = samplers.Multisession([LABELS, LABELS[:80]])
 JOINT = Model((ENCODER, ENCODER))
@@ -111,6 +114,13 @@ CALLS = {
     "consistency._relabelled": [
         (with_key(partial(relabelled, permute=permute)), (KEY_DATA, *PAIR, GROUPS))
         for permute in (False, True)
+    ],
+    "consistency._resampled": [
+        (partial(consistency._resampled, num_bins=0, margin=0, reach=0), (PAIR, None, STEPS)),
+        (
+            partial(consistency._resampled, num_bins=5, margin=1, reach=2),
+            (PAIR, (GROUPS, GROUPS), STEPS),
+        ),
     ],
     "consistency.shifted_consistency": [(consistency.shifted_consistency, PAIR)],
     "encoders.layers.initialise": [
@@ -187,6 +197,11 @@ CALLS = {
     "samplers.multisession.Multisession.propose": [propose(MULTISESSION)],
     "samplers.multisession.DiscreteMultisession.propose": [
         propose(ALL_SAMPLERS["discrete_multisession"])
+    ],
+    "nulls._shifted_aligns": [(nulls._shifted_aligns, SHIFTED)],
+    "nulls._shifted_losses": [(nulls._shifted_losses, SHIFTED)],
+    "nulls._held_out_losses": [
+        (nulls._held_out_losses, (X, jax.tree.map(lambda x: jnp.stack([x]), (MODEL, BATCH)))),
     ],
     # public functions that are not jitted themselves, as one function of JAX's
     "infonce": [

@@ -4,6 +4,7 @@ from cebra_jax_metrics.metrics.consistency import (
     NULL_QUANTILES,
     Consistency,
     ConsistencyTest,
+    bootstrap_consistency,
     consistency_score,
     consistency_test,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "Consistency",
     "ConsistencyTest",
     "as_checkpoint",
+    "bootstrap_consistency",
     "consistency_score",
     "consistency_test",
     "goodness_of_fit_history",

@@ -1,4 +1,4 @@
-"""Consistency between embeddings of the same or of different recordings, and its null."""
+"""Consistency between embeddings of the same or of different recordings, its null, its spread."""
 
 import contextlib
 from collections.abc import Hashable, Iterator, Sequence
@@ -26,11 +26,14 @@ from cebra_jax_metrics.consistency import (
     against_null,
     consistency_matrix,
     relabelled_consistency,
+    resampled_consistency,
     shift_test,
 )
+from cebra_jax_metrics.uncertainty import Bootstrap, optimal_block_length, resampled_places
 
 Between = Literal["datasets", "runs"]
 NULL_QUANTILES = (0.05, 0.5, 0.95)
+FARTHER = 5
 
 
 class Consistency(NamedTuple):
@@ -259,6 +262,98 @@ def consistency_test(
         each = jax.tree.map(partial(jnp.where, is_target), of_target, of_source)
         overall = against_null(scores.mean(), null_scores[2].mean(axis=1), levels)
         return _test_result(pairs, unique, each, overall, arrays)
+
+
+def bootstrap_consistency(
+    key: ArrayLike,
+    embeddings: Sequence[Any],
+    between: Between | None = None,
+    labels: Sequence[Any] | None = None,
+    dataset_ids: Sequence[Hashable] | None = None,
+    num_discretization_bins: int = 100,
+    *,
+    num_resamples: int = 200,
+    block_length: int | None = None,
+    mesh: Mesh | None = None,
+    axis_name: str | None = None,
+) -> Bootstrap:
+    """What consistency scores would be on other recordings like these, the encoders being fixed.
+
+    A circular block bootstrap over time. Between runs the same time steps are taken of all
+    embeddings, between datasets those of each recording are resampled on their own, with their
+    labels, and aligned anew in the bins of the whole.
+
+    Args:
+        key: A JAX PRNG key.
+        embeddings: As in :func:`consistency_score`.
+        between: As in :func:`consistency_score`.
+        labels: As in :func:`consistency_score`.
+        dataset_ids: As in :func:`consistency_score`.
+        num_discretization_bins: As in :func:`consistency_score`.
+        num_resamples: Number of resampled recordings.
+        block_length: Steps kept together; by default chosen from the autocorrelation of the
+            embeddings (:func:`optimal_block_length`), the longest of all.
+        mesh: Devices to spread the resampled recordings over (:func:`spread`).
+        axis_name: The axis of the mesh, where it has several.
+
+    Returns:
+        Scores of the pairs of :func:`consistency_score`, observed ``(pairs,)`` and resampled
+        ``(num_resamples, pairs)``, with their standard errors and intervals.
+
+    Raises:
+        ValueError: As :func:`consistency_score`; a recording is shorter than two blocks; or in a
+            resampled recording a label or bin is missing.
+        TypeError: ``key`` is no PRNG key.
+        NotImplementedError: As :func:`consistency_score`.
+
+    >>> import jax, numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> first = rng.normal(size=(500, 2))
+    >>> second = first + rng.normal(size=(500, 2))
+    >>> result = bootstrap_consistency(jax.random.key(0), [first, second], between="runs")
+    >>> result.stderr.round(2).tolist()
+    [0.02, 0.02]
+    """
+    key = as_key(key)
+    num_resamples = as_integer("num_resamples", num_resamples, at_least=2)
+    bins = num_discretization_bins
+    observed = consistency_score(embeddings, between, labels, dataset_ids, bins).scores
+    arrays, values, ids = _checked(embeddings, between, labels, dataset_ids)
+    valid = [~np.isnan(np.asarray(x)).any(axis=1) for x in arrays]
+    if block_length is None:
+        longest = max(
+            optimal_block_length(np.asarray(x)[keep]) for x, keep in zip(arrays, valid, strict=True)
+        )
+        block_length = min(longest, min(int(keep.sum()) for keep in valid) // 2)
+    keys = jax.random.split(key, len(arrays)) if values is not None else [key] * len(arrays)
+    steps = [
+        resampled_places(one, int(keep.sum()), block_length, num_resamples)
+        for one, keep in zip(keys, valid, strict=True)
+    ]
+    with _precision(arrays) as dtype:
+        rows = [jnp.asarray(x[keep], dtype) for x, keep in zip(arrays, valid, strict=True)]
+        over: dict[str, Any] = {"mesh": mesh, "axis_name": axis_name}
+        if values is None:
+            matrices = resampled_consistency(steps, rows, **over)
+        else:
+            found = label_bins(values, bins)
+            # A bin that a resampled recording lacks may reach farther than one of the whole.
+            reach = FARTHER * found.reach
+            sizes: dict[str, Any] = {
+                "num_bins": found.number,
+                "margin": found.margin,
+                "reach": reach,
+            }
+            places = [jnp.asarray(x[keep]) for x, keep in zip(found.places, valid, strict=True)]
+            matrices = resampled_consistency(steps, rows, places, **sizes, **over)
+        samples = _by_pair(np.asarray(matrices), ids)[0]
+    lacking = int(np.isnan(samples).any(axis=1).sum())
+    if lacking:
+        raise ValueError(
+            f"In {lacking} of {num_resamples} resampled recordings a label or bin has no "
+            "time steps: use fewer bins or shorter blocks, or leave rare labels out."
+        )
+    return Bootstrap(observed, samples.astype(observed.dtype), block_length)
 
 
 def _test_result(

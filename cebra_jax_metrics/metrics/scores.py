@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from cebra_jax_metrics.arrays import as_integer, as_numpy, check_dimensions, check_finite
 from cebra_jax_metrics.checkpoints import import_once, load
-from cebra_jax_metrics.estimation import Estimate, FeatureRange, estimate_infonce
+from cebra_jax_metrics.estimation import MAX_BATCHES, Estimate, FeatureRange, estimate_infonce
 from cebra_jax_metrics.model import Checkpoint, Model, as_recording, select_encoder
 from cebra_jax_metrics.samplers import (
     DeltaNormal,
@@ -70,6 +70,8 @@ def infonce_loss(
     num_batches: int = ...,
     correct_by_batchsize: bool = ...,
     key: Array | None = ...,
+    target_stderr_bits: float | None = ...,
+    max_batches: int = ...,
     return_estimate: Literal[False] = ...,
     mesh: Mesh | None = ...,
     axis_name: str | None = ...,
@@ -84,6 +86,8 @@ def infonce_loss(
     num_batches: int = ...,
     correct_by_batchsize: bool = ...,
     key: Array | None = ...,
+    target_stderr_bits: float | None = ...,
+    max_batches: int = ...,
     return_estimate: Literal[True],
     mesh: Mesh | None = ...,
     axis_name: str | None = ...,
@@ -97,6 +101,8 @@ def infonce_loss(
     num_batches: int = 500,
     correct_by_batchsize: bool = False,
     key: Array | None = None,
+    target_stderr_bits: float | None = None,
+    max_batches: int = MAX_BATCHES,
     return_estimate: bool = False,
     mesh: Mesh | None = None,
     axis_name: str | None = None,
@@ -113,6 +119,9 @@ def infonce_loss(
         num_batches: Batches to average; 500 or more for a score to report.
         correct_by_batchsize: Subtract the log of the batch size.
         key: JAX PRNG key; by default always ``jax.random.key(0)``, so that scores repeat.
+        target_stderr_bits: Go on until the standard error is at most this, in bits
+            (:func:`estimate_infonce`).
+        max_batches: The most batches to draw for it.
         return_estimate: Return the :class:`Estimate` with its standard error and its parts.
         mesh: Devices to spread the work over (:func:`estimate_infonce`).
         axis_name: The axis of the mesh, where it has several.
@@ -148,6 +157,8 @@ def infonce_loss(
         session_id=session_id,
         num_batches=num_batches,
         key=key,
+        target_stderr_bits=target_stderr_bits,
+        max_batches=max_batches,
         mesh=mesh,
         axis_name=axis_name,
         **settings,
@@ -166,6 +177,8 @@ def goodness_of_fit_score(
     session_id: int | None = ...,
     num_batches: int = ...,
     key: Array | None = ...,
+    target_stderr_bits: float | None = ...,
+    max_batches: int = ...,
     return_estimate: Literal[False] = ...,
     mesh: Mesh | None = ...,
     axis_name: str | None = ...,
@@ -179,6 +192,8 @@ def goodness_of_fit_score(
     session_id: int | None = ...,
     num_batches: int = ...,
     key: Array | None = ...,
+    target_stderr_bits: float | None = ...,
+    max_batches: int = ...,
     return_estimate: Literal[True],
     mesh: Mesh | None = ...,
     axis_name: str | None = ...,
@@ -191,6 +206,8 @@ def goodness_of_fit_score(
     session_id: int | None = None,
     num_batches: int = 500,
     key: Array | None = None,
+    target_stderr_bits: float | None = None,
+    max_batches: int = MAX_BATCHES,
     return_estimate: bool = False,
     mesh: Mesh | None = None,
     axis_name: str | None = None,
@@ -208,6 +225,9 @@ def goodness_of_fit_score(
         session_id: Which session's encoder of a multi-session model to use; ``None`` for others.
         num_batches: Batches to average; 500 or more for a score to report.
         key: JAX PRNG key; by default always ``jax.random.key(0)``, so that scores repeat.
+        target_stderr_bits: Go on until the standard error is at most this, in bits
+            (:func:`estimate_infonce`).
+        max_batches: The most batches to draw for it.
         return_estimate: Return the :class:`Estimate`, whose ``bits`` and ``bits_stderr`` are the
             score and its standard error.
         mesh: Devices to spread the work over (:func:`estimate_infonce`).
@@ -229,6 +249,8 @@ def goodness_of_fit_score(
         session_id=session_id,
         num_batches=num_batches,
         key=key,
+        target_stderr_bits=target_stderr_bits,
+        max_batches=max_batches,
         mesh=mesh,
         axis_name=axis_name,
         **settings,
@@ -242,6 +264,8 @@ def multisession_infonce_loss(
     *y: Sequence[Any],
     num_batches: int = 500,
     key: Array | None = None,
+    target_stderr_bits: float | None = None,
+    max_batches: int = MAX_BATCHES,
     mesh: Mesh | None = None,
     axis_name: str | None = None,
     **settings: Unpack[Settings],
@@ -258,6 +282,8 @@ def multisession_infonce_loss(
         *y: One list of labels for each session: floats are continuous, integers discrete.
         num_batches: Batches to average.
         key: JAX PRNG key; by default always ``jax.random.key(0)``.
+        target_stderr_bits: Go on until the standard error is at most this, in bits.
+        max_batches: The most batches to draw for it.
         mesh: Devices to spread the work over (:func:`estimate_infonce`).
         axis_name: The axis of the mesh, where it has several.
         **settings: What to do otherwise than in training, see :func:`infonce_loss`.
@@ -313,8 +339,18 @@ def multisession_infonce_loss(
     else:
         sampler = Multisession(labels, _time_offset(checkpoint.settings.get("time_offsets", 1)))
     _check_used(settings, sampler, False)
-    over = {"mesh": mesh, "axis_name": axis_name}
-    return _estimated(checkpoint, recordings, sampler, num_batches, key, **over, **_space(settings))
+    return _estimated(
+        checkpoint,
+        recordings,
+        sampler,
+        num_batches,
+        key,
+        target_stderr_bits=target_stderr_bits,
+        max_batches=max_batches,
+        mesh=mesh,
+        axis_name=axis_name,
+        **_space(settings),
+    )
 
 
 def score(
@@ -324,6 +360,8 @@ def score(
     session_id: int | None = None,
     num_batches: int = 500,
     key: Array | None = None,
+    target_stderr_bits: float | None = None,
+    max_batches: int = MAX_BATCHES,
     chunk_size: int | None = None,
     progress: Any = iter,
     mesh: Mesh | None = None,
@@ -352,6 +390,8 @@ def score(
         num_batches,
         key,
         session_id=session_id,
+        target_stderr_bits=target_stderr_bits,
+        max_batches=max_batches,
         chunk_size=chunk_size,
         progress=progress,
         mesh=mesh,

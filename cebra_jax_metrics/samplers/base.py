@@ -88,6 +88,35 @@ class SampleInTwoSteps:
         return batch
 
 
+class FromSteps(SampleInTwoSteps):
+    """A sampler of one recording, of all its time steps or of some of them.
+
+    Where ``steps`` are given, what is drawn are places among them, and ``length`` counts them.
+    """
+
+    steps: Leaf
+    length: Leaf
+
+    def drawn(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """Time steps drawn uniformly."""
+        return self.at(uniform_steps(key, shape, self.length))
+
+    def at(self, places: Array) -> Array:
+        """The time steps at places among those that are drawn from."""
+        return places if self.steps is None else self.steps[places]
+
+    def of_steps(self, labels: Array) -> Array:
+        """The labels of the time steps that are drawn from."""
+        return labels if self.steps is None else labels[self.steps]
+
+    @property
+    def span(self) -> Any:
+        """How long the recording has to be."""
+        if self.steps is None or is_traced(self.steps, self.length):
+            return self.length if self.steps is None else 0
+        return np.max(np.asarray(self.steps)[: int(self.length)]) + 1
+
+
 class Conditional(Protocol):
     """A sampler whose positives can be asked for at references drawn elsewhere.
 
@@ -198,21 +227,17 @@ def as_continuous(labels: object) -> Array:
     return labels.reshape(labels.shape[0], -1)
 
 
-def as_integers(labels: object) -> Array | np.ndarray:
-    """Discrete labels ``(time,)`` of whatever integers they are."""
-    labels = as_array(labels)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or 0 in labels.shape:
-        raise ValueError(
-            f"Discrete labels have to be of shape (time,) and not empty, got {labels.shape}."
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(
-            f"Discrete labels have to be integers, got dtype {labels.dtype}; "
-            "use a continuous sampler for floats, or cast with astype(int)."
-        )
-    return labels
+def as_integers(values: object, what: str = "Discrete labels") -> Array | np.ndarray:
+    """Integers ``(time,)``, such as discrete labels, of whatever kind they are."""
+    values = as_array(values)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1 or 0 in values.shape:
+        raise ValueError(f"{what} have to be of shape (time,) and not empty, got {values.shape}.")
+    if not np.issubdtype(values.dtype, np.integer):
+        hint = "use a continuous sampler for floats, or cast with astype(int)."
+        raise TypeError(f"{what} have to be integers, got dtype {values.dtype}; {hint}")
+    return values
 
 
 def as_discrete(labels: object) -> Array:
@@ -237,13 +262,28 @@ def as_floats(name: str, value: Any) -> Any:
         return value.astype(jax.dtypes.canonicalize_dtype(wide(value.dtype)))
 
 
-def as_length(length: object, labels: Array) -> Any:
-    """The number of real rows of possibly padded labels, as an int32 leaf."""
+def as_length(length: object, rows: Array, steps: Any = None) -> Any:
+    """The number of real rows of possibly padded labels, or steps, as an int32 leaf."""
+    number = rows.shape[0] if steps is None else steps.shape[0]
     if length is None:
-        length = labels.shape[0]
+        length = number
     if is_traced(length):
         return as_leaf(length, jnp.int32)
     length = as_integer("length", length, at_least=1)
-    if length > labels.shape[0]:
-        raise ValueError(f"length is {length}, but there are labels for {labels.shape[0]} steps.")
+    if length > number:
+        of_what = "labels for" if steps is None else "only"
+        raise ValueError(f"length is {length}, but there are {of_what} {number} steps.")
     return np.asarray(length, np.int32)
+
+
+def as_steps(steps: object, stop: ArrayLike) -> Any:
+    """Time steps to draw from, all within ``[0, stop)``, as int32; ``None`` stays ``None``."""
+    if steps is None:
+        return None
+    steps = as_integers(steps, "steps")
+    known = None if is_traced(steps, stop) else np.asarray(steps)
+    if known is not None and not (known.min() >= 0 and known.max() < int(np.asarray(stop))):
+        raise ValueError(
+            f"steps have to be within [0, {stop}), got {known.min()} to {known.max()}."
+        )
+    return jnp.asarray(steps).astype(jnp.int32)

@@ -11,17 +11,17 @@ from jax.typing import ArrayLike
 from cebra_jax_metrics.arrays import as_integer, is_traced
 from cebra_jax_metrics.neighbors import nearest
 from cebra_jax_metrics.samplers.base import (
+    FromSteps,
     Leaf,
     Proposal,
-    SampleInTwoSteps,
     as_continuous,
     as_floats,
     as_leaf,
     as_length,
+    as_steps,
     jitted,
     pytree,
     set_fields,
-    uniform_steps,
 )
 
 
@@ -45,7 +45,7 @@ def as_time_offset(time_offset: ArrayLike) -> Array:
 
 
 @pytree()
-class TimeDelta(SampleInTwoSteps):
+class TimeDelta(FromSteps):
     """Positives nearest to the reference's label plus a change that occurred in the recording.
 
     References and negatives are uniform over time; the change is that of the labels over
@@ -54,7 +54,9 @@ class TimeDelta(SampleInTwoSteps):
     Args:
         labels: Continuous labels ``(time,)`` or ``(time, features)``; kept as float32.
         time_offset: Steps over which the labels change.
-        length: Number of real rows where ``labels`` are padded; all by default.
+        length: Number of real rows where ``labels`` (or ``steps``) are padded; all by default.
+        steps: Draw references, negatives and positives from these time steps ``(steps,)`` of the
+            recording, which may repeat; all by default.
 
     Raises:
         ValueError: Labels are empty, not finite or have more than two dimensions.
@@ -65,35 +67,38 @@ class TimeDelta(SampleInTwoSteps):
     labels: Leaf
     time_offset: Leaf = 1
     length: Leaf = None
+    steps: Leaf = None
 
     def __post_init__(self) -> None:
         labels = as_continuous(self.labels)
+        steps = as_steps(self.steps, labels.shape[0])
         set_fields(
             self,
             labels=labels,
             time_offset=as_time_offset(self.time_offset),
-            length=as_length(self.length, labels),
+            length=as_length(self.length, labels, steps),
+            steps=steps,
         )
 
     @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; queries are labels ``(batch, features)``."""
-        reference, negative, step = uniform_steps(key, (3, batch_size), self.length)
+        reference, negative, step = self.drawn(key, (3, batch_size))
         change = label_change(self.labels, step, self.time_offset)
         return Proposal(reference, negative, self.labels[reference] + change)
 
     def query(self, key: Array, reference: Array) -> Array:
         """Draw the labels to look for at given references."""
-        step = uniform_steps(key, reference.shape, self.length)
+        step = self.drawn(key, reference.shape)
         return self.labels[reference] + label_change(self.labels, step, self.time_offset)
 
     def resolve(self, query: Array) -> Array:
         """Find the time steps whose labels are nearest."""
-        return nearest(self.labels, query, self.length)
+        return self.at(nearest(self.of_steps(self.labels), query, self.length))
 
 
 @pytree()
-class DeltaNormal(SampleInTwoSteps):
+class DeltaNormal(FromSteps):
     """Positives nearest to a draw from an isotropic normal around the reference's label.
 
     References and negatives are uniform over time.
@@ -101,7 +106,9 @@ class DeltaNormal(SampleInTwoSteps):
     Args:
         labels: Continuous labels ``(time,)`` or ``(time, features)``; kept as float32.
         delta: Standard deviation, in the units of the labels.
-        length: Number of real rows where ``labels`` are padded; all by default.
+        length: Number of real rows where ``labels`` (or ``steps``) are padded; all by default.
+        steps: Draw references, negatives and positives from these time steps ``(steps,)`` of the
+            recording, which may repeat; all by default.
 
     Raises:
         ValueError: ``delta`` is not a positive number, or the labels are empty, not finite or have
@@ -113,9 +120,11 @@ class DeltaNormal(SampleInTwoSteps):
     labels: Leaf
     delta: Leaf
     length: Leaf = None
+    steps: Leaf = None
 
     def __post_init__(self) -> None:
         labels = as_continuous(self.labels)
+        steps = as_steps(self.steps, labels.shape[0])
         largest = float(np.finfo(np.float32).max)
         is_number = isinstance(self.delta, int | float | np.number | np.ndarray | Array)
         if not is_traced(self.delta) and not (
@@ -126,7 +135,8 @@ class DeltaNormal(SampleInTwoSteps):
             self,
             labels=labels,
             delta=as_floats("delta", self.delta),
-            length=as_length(self.length, labels),
+            length=as_length(self.length, labels, steps),
+            steps=steps,
         )
 
     @jitted
@@ -137,7 +147,7 @@ class DeltaNormal(SampleInTwoSteps):
     def propose_in(self, dtype: Any, key: Array, batch_size: int) -> Proposal:
         """The same with queries computed in another dtype, for derivatives in float64."""
         prior, noise = jax.random.split(key)
-        steps = uniform_steps(prior, (2, batch_size), self.length)
+        steps = self.drawn(prior, (2, batch_size))
         return Proposal(steps[0], steps[1], self._query(dtype, noise, steps[0]))
 
     def query(self, key: Array, reference: Array) -> Array:
@@ -151,4 +161,4 @@ class DeltaNormal(SampleInTwoSteps):
 
     def resolve(self, query: Array) -> Array:
         """Find the time steps whose labels are nearest."""
-        return nearest(self.labels, query, self.length)
+        return self.at(nearest(self.of_steps(self.labels), query, self.length))

@@ -8,11 +8,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.samplers.base import (
+    FromSteps,
     Leaf,
     Proposal,
-    SampleInTwoSteps,
     as_discrete,
     as_length,
+    as_steps,
     jitted,
     pytree,
     set_fields,
@@ -31,7 +32,7 @@ def sorted_steps(labels: Array, length: ArrayLike) -> tuple[Array, Array]:
 def uniform_over_values(
     key: Array, labels: Array, length: ArrayLike, shape: tuple[int, ...]
 ) -> Array:
-    """Time steps whose labels are uniform over the values that occur, then uniform within one."""
+    """Places of labels that are uniform over the values that occur, then uniform within one."""
     which, within = jax.random.split(key)
     order, values = sorted_steps(labels, length)
     place = jnp.arange(len(values), dtype=jnp.int32)
@@ -47,7 +48,7 @@ def uniform_over_values(
 
 
 def matching_step(key: Array, labels: Array, length: ArrayLike, wanted: Array) -> Array:
-    """For every wanted label a time step that has it, uniform among them."""
+    """For every wanted label a place that has it, uniform among them."""
     order, values = sorted_steps(labels, length)
     start = jnp.searchsorted(values, wanted, side="left").astype(jnp.int32)
     stop = jnp.searchsorted(values, wanted, side="right").astype(jnp.int32)
@@ -56,14 +57,16 @@ def matching_step(key: Array, labels: Array, length: ArrayLike, wanted: Array) -
 
 
 @pytree(static=("prior",))
-class Discrete(SampleInTwoSteps):
+class Discrete(FromSteps):
     """Positives uniform among the time steps with the reference's label.
 
     Args:
         labels: Integers ``(time,)``, of any values.
         prior: Of references and negatives: ``"empirical"`` is uniform over time, ``"uniform"`` is
             uniform over the label values that occur, then over the time steps of that value.
-        length: Number of real entries where ``labels`` are padded; all by default.
+        length: Number of real entries where ``labels`` (or ``steps``) are padded; all by default.
+        steps: Draw references, negatives and positives from these time steps ``(steps,)`` of the
+            recording, which may repeat; all by default.
 
     Raises:
         TypeError: The labels are no integers.
@@ -76,6 +79,7 @@ class Discrete(SampleInTwoSteps):
     labels: Leaf
     prior: Literal["empirical", "uniform"] = "empirical"
     length: Leaf = None
+    steps: Leaf = None
 
     def __post_init__(self) -> None:
         if self.prior not in ("empirical", "uniform"):
@@ -84,18 +88,21 @@ class Discrete(SampleInTwoSteps):
                 "or 'uniform'."
             )
         labels = as_discrete(self.labels)
-        set_fields(self, labels=labels, length=as_length(self.length, labels))
+        steps = as_steps(self.steps, labels.shape[0])
+        length = as_length(self.length, labels, steps)
+        set_fields(self, labels=labels, length=length, steps=steps)
 
     @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; the query is the positive itself."""
         prior, conditional = jax.random.split(key)
+        labels = self.of_steps(self.labels)
         if self.prior == "empirical":
-            steps = uniform_steps(prior, (2, batch_size), self.length)
+            places = uniform_steps(prior, (2, batch_size), self.length)
         else:
-            steps = uniform_over_values(prior, self.labels, self.length, (2, batch_size))
-        positive = matching_step(conditional, self.labels, self.length, self.labels[steps[0]])
-        return Proposal(steps[0], steps[1], positive)
+            places = uniform_over_values(prior, labels, self.length, (2, batch_size))
+        positive = matching_step(conditional, labels, self.length, labels[places[0]])
+        return Proposal(*(self.at(place) for place in (*places, positive)))
 
     def resolve(self, query: Array) -> Array:
         """Return the query: it is the positive."""

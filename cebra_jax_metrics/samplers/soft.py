@@ -101,9 +101,9 @@ class Soft(SampleInTwoSteps):
         set_fields(self, bandwidth=bandwidth, weights=weights)
 
     @property
-    def length(self) -> Leaf:
-        """Number of time steps."""
-        return self.sampler.length
+    def span(self) -> Leaf:
+        """How long the recording has to be."""
+        return self.sampler.span
 
     def padded(self) -> "Soft":
         """The same sampler with labels padded to their size class."""
@@ -130,11 +130,12 @@ class Soft(SampleInTwoSteps):
 
     def positive(self, rows: Array, query: Array) -> Array:
         """The positives of queries, from the embeddings of all time steps ``(time, features)``."""
+        sampler = self.sampler
         return kernel_mean(
-            self.sampler.labels,
-            rows,
+            sampler.of_steps(sampler.labels),
+            sampler.of_steps(rows),
             query,
             bandwidth=self.bandwidth,
             weights=self.weights,
-            length=self.length,
+            length=sampler.length,
         )

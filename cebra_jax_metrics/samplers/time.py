@@ -9,6 +9,7 @@ from cebra_jax_metrics.samplers.base import (
     Proposal,
     SampleInTwoSteps,
     as_leaf,
+    as_steps,
     jitted,
     pytree,
     set_fields,
@@ -23,15 +24,18 @@ class Time(SampleInTwoSteps):
     Args:
         length: Number of time steps of the recording.
         time_offset: Steps from a reference to its positive.
+        steps: Draw references and negatives from these time steps ``(steps,)``, which may repeat;
+            all that leave room for the positive by default.
 
     Raises:
-        ValueError: The recording is not longer than the time offset.
+        ValueError: The recording is not longer than the time offset, or steps leave no room for it.
 
     Source: CEBRA 0.6.1 ``cebra.distributions.continuous.TimeContrastive``.
     """
 
     length: Leaf
     time_offset: Leaf = 1
+    steps: Leaf = None
 
     def __post_init__(self) -> None:
         length, offset = self.length, self.time_offset
@@ -44,12 +48,24 @@ class Time(SampleInTwoSteps):
                 "number of samples has to exceed the time offset, but got "
                 f"{length} <= {offset}. Use a longer recording or a smaller time offset."
             )
-        set_fields(self, length=as_leaf(length, jnp.int32), time_offset=as_leaf(offset, jnp.int32))
+        set_fields(
+            self,
+            length=as_leaf(length, jnp.int32),
+            time_offset=as_leaf(offset, jnp.int32),
+            steps=as_steps(self.steps, length - offset),
+        )
+
+    def padded(self) -> "Time":
+        """The same sampler: it holds no labels."""
+        return self
 
     @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; the query is the positive itself."""
-        steps = uniform_steps(key, (2, batch_size), self.length - self.time_offset)
+        number = self.length - self.time_offset if self.steps is None else len(self.steps)
+        steps = uniform_steps(key, (2, batch_size), number)
+        if self.steps is not None:
+            steps = self.steps[steps]
         return Proposal(steps[0], steps[1], steps[0] + self.time_offset)
 
     def query(self, key: Array, reference: Array) -> Array:
