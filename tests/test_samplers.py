@@ -1,6 +1,7 @@
 """Distributions of draws against what they should be, and the contracts of samplers."""
 
 import json
+from dataclasses import replace
 
 import chex
 import jax
@@ -10,7 +11,15 @@ import pytest
 from scipy import stats
 
 from cebra_jax_metrics import draw
-from cebra_jax_metrics.samplers import Batch, DeltaNormal, Discrete, Mixed, Time, TimeDelta
+from cebra_jax_metrics.samplers import (
+    Batch,
+    DeltaNormal,
+    Discrete,
+    Hybrid,
+    Mixed,
+    Time,
+    TimeDelta,
+)
 
 from .conftest import GOLDEN
 
@@ -247,6 +256,71 @@ def test_batch_larger_than_the_recording():
 
 NAN = CONTINUOUS.copy()
 NAN[4, 1] = np.nan
+STEPS = np.sort(RNG.choice(N - 3, 25, replace=True))[::-1]  # some twice, some not at all
+FROM_STEPS = {
+    name: replace(sampler, steps=STEPS, length=sampler.length if name == "time" else None)
+    for name, sampler in SAMPLERS.items()
+}
+each_from_steps = pytest.mark.parametrize("name", FROM_STEPS)
+
+
+@each_from_steps
+def test_from_steps_references_are_drawn_as_often_as_they_are_named(name):
+    batch = draw(jax.random.key(1), FROM_STEPS[name], 5000, 20)
+    expected = np.bincount(STEPS, minlength=N).astype(float)
+    if name in ("discrete_uniform", "mixed"):
+        _, index, counts = np.unique(DISCRETE[STEPS], return_inverse=True, return_counts=True)
+        expected = np.bincount(STEPS, 1 / counts[index], minlength=N)
+    for steps in (batch.reference, batch.negative):
+        assert_distributed(np.asarray(steps).ravel(), expected)
+    positive = np.asarray(batch.positive).ravel()
+    if name == "time":
+        np.testing.assert_array_equal(positive, np.asarray(batch.reference).ravel() + 3)
+    else:
+        assert np.isin(positive, STEPS).all()
+
+
+@each_from_steps
+def test_all_steps_are_the_whole_recording(name):
+    sampler = SAMPLERS[name]
+    every = np.arange(N - 3 if name == "time" else N)
+    some = replace(sampler, steps=every)
+    chex.assert_trees_all_equal(
+        draw(jax.random.key(2), some, 32, 3), draw(jax.random.key(2), sampler, 32, 3)
+    )
+
+
+@pytest.mark.parametrize("name", ["time_delta", "time_delta_1d", "delta_normal", "mixed"])
+def test_from_steps_every_positive_is_the_nearest_of_them(name):
+    sampler, key = FROM_STEPS[name], jax.random.key(10)
+    query = sampler.propose(key, 500).query
+    labels = np.asarray(sampler.continuous if name == "mixed" else sampler.labels)[STEPS]
+    allowed = None
+    if name == "mixed":
+        query, groups = query
+        allowed = np.asarray(sampler.discrete)[STEPS][:, None] == np.asarray(groups)[None]
+    expected = STEPS[nearest(labels, np.asarray(query, np.float64), allowed)]
+    np.testing.assert_array_equal(sampler.sample(key, 500).positive, expected)
+
+
+def test_from_steps_labels_change_as_they_did_in_the_recording():
+    """Not from one of the steps to the next: here all changes are 3, whatever the steps."""
+    sampler = TimeDelta(np.arange(float(N)), 3, steps=np.arange(3, N - 10, 7))
+    proposal = sampler.propose(jax.random.key(0), 200)
+    change = np.asarray(proposal.query[:, 0]) - np.asarray(proposal.reference)
+    np.testing.assert_array_equal(change, 3)
+
+
+@each_from_steps
+def test_from_steps_under_jit_and_in_chunks(name):
+    sampler, key = FROM_STEPS[name], jax.random.key(4)
+    expected = draw(key, sampler, 32, 3)
+    jitted = jax.jit(draw, static_argnums=(2, 3))(key, sampler, 32, 3)
+    chex.assert_trees_all_equal(jitted, expected)
+    last = draw(key, sampler, 32, 1, start=2)
+    chex.assert_trees_all_equal(last, jax.tree.map(lambda x: x[2:], expected))
+
+
 BAD = {
     "short": (lambda: Time(3, 3), ValueError, "exceed the time offset"),
     "negative": (lambda: Time(5, -1), ValueError, "time_offset has to be at least 0"),
@@ -265,6 +339,24 @@ BAD = {
     "prior": (lambda: Discrete(DISCRETE, "flat"), ValueError, "'flat'"),
     "lengths": (lambda: Mixed(DISCRETE, CONTINUOUS[1:]), ValueError, "39 samples"),
     "swapped": (lambda: Mixed(CONTINUOUS, DISCRETE), ValueError, r"\(time,\)"),
+    "steps": (lambda: TimeDelta(CONTINUOUS, 1, steps=[0, N]), ValueError, r"within \[0, 40\)"),
+    "steps_time": (lambda: Time(N, 3, [N - 3]), ValueError, r"within \[0, 37\), got 37 to 37"),
+    "steps_float": (
+        lambda: Discrete(DISCRETE, steps=[0.5]),
+        TypeError,
+        "steps have to be integers",
+    ),
+    "steps_empty": (lambda: Time(N, 3, np.zeros(0, int)), ValueError, "steps have to be of shape"),
+    "steps_hybrid": (
+        lambda: Hybrid(TimeDelta(CONTINUOUS, 1, steps=[1])),
+        ValueError,
+        "without steps",
+    ),
+    "steps_length": (
+        lambda: TimeDelta(CONTINUOUS, 1, length=3, steps=[1, 2]),
+        ValueError,
+        "length is 3, but there are only 2 steps",
+    ),
     "key": (lambda: draw(0, Time(5), 4, 1), TypeError, r"jax.random.key\(0\)"),
     "batch_size": (lambda: draw(jax.random.key(0), Time(5), 0, 1), ValueError, "batch_size"),
     "num_batches": (lambda: draw(jax.random.key(0), Time(5), 4, 0), ValueError, "num_batches"),

@@ -145,6 +145,10 @@ def check_conditional(sampler: object) -> None:
             "Expected one of the samplers Time, TimeDelta and DeltaNormal, got "
             f"{type(sampler).__name__}."
         )
+    if getattr(sampler, "steps", None) is not None:
+        raise ValueError(
+            "References are drawn elsewhere here: pass a sampler of all time steps, without steps=."
+        )
 
 
 # A sampler being a pytree, its method compiles once per kind and shape of sampler.
