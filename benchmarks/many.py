@@ -1,4 +1,4 @@
-"""Twenty recordings of different lengths, and twenty models of one architecture in one call."""
+"""Recordings of different lengths, models of one architecture in one call, shifts of labels."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,17 @@ import numpy as np
 
 from benchmarks.data import NEURONS, recording
 from benchmarks.measure import Comparison, compare, seconds
-from cebra_jax_metrics import Encoder, Model, estimate_infonce, estimation, model, samplers
+from cebra_jax_metrics import (
+    Encoder,
+    Model,
+    estimate_infonce,
+    estimation,
+    goodness_of_fit_score,
+    goodness_of_fit_test,
+    model,
+    samplers,
+)
+from cebra_jax_metrics.demo import load_demo
 
 KEY = jax.random.key(0)
 JITTED = {
@@ -17,9 +27,13 @@ JITTED = {
 
 
 def run(quick: bool) -> list[Comparison]:
-    """Both; the peers are the same calls on their own."""
+    """All; the peers are the same calls on their own."""
     number, num_batches = (3, 10) if quick else (20, 500)
-    return [*_recordings(number, num_batches), *_stacked(number, num_batches)]
+    return [
+        *_recordings(number, num_batches),
+        *_stacked(number, num_batches),
+        _shifts(10 * number, num_batches),
+    ]
 
 
 def _score(one: Model, X: np.ndarray, labels: np.ndarray, num_batches: int) -> float:
@@ -60,3 +74,33 @@ def _stacked(number: int, num_batches: int) -> list[Comparison]:
             3,
         )
     ]
+
+
+def _shifts(number: int, num_batches: int) -> Comparison:
+    demo = load_demo()
+    sampler = samplers.TimeDelta(demo.position, 10)
+    options = {"batch_size": 512, "num_batches": num_batches}
+
+    def test() -> object:
+        return goodness_of_fit_test(
+            KEY,
+            demo.checkpoint,
+            demo.spikes,
+            sampler,
+            held_out=slice(None),
+            num_samples=number,
+            **options,
+        )
+
+    def score() -> float:
+        return goodness_of_fit_score(
+            demo.checkpoint, demo.spikes, demo.position, num_batches=num_batches
+        )
+
+    whole = compare("", "", test, score, 3)
+    return Comparison(
+        f"a shift of the demo's labels, of {number} in one call of goodness_of_fit_test",
+        "a call of goodness_of_fit_score",
+        [taken / number for taken in whole.ours],
+        whole.theirs,
+    )
