@@ -172,10 +172,8 @@ def against_null(observed: ArrayLike, null: ArrayLike, quantiles: ArrayLike) -> 
         quantiles: Levels ``(quantiles,)`` in [0, 1].
     """
     observed, null = jnp.asarray(observed), jnp.asarray(null)
-    # Scores that are equal but for rounding count as equal, which is the cautious side.
-    slack = float(jnp.finfo(null.dtype).eps) ** 0.6  # 4e-10 in float64, 7e-5 in float32
     mean = jnp.mean(null, axis=0)
-    reached = jnp.sum(~(null < observed[None] - slack), axis=0)  # NaN counts as reached
+    reached = num_not_below(null, observed)
     return NullTest(
         observed=observed,
         null_mean=mean,
@@ -183,6 +181,15 @@ def against_null(observed: ArrayLike, null: ArrayLike, quantiles: ArrayLike) -> 
         effect=observed - mean,
         p_value=(1 + reached.astype(null.dtype)) / (1 + len(null)),
     )
+
+
+def num_not_below(null: Array, observed: Array) -> Array:
+    """How many samples ``(samples, …)`` from a null distribution are not below the observed.
+
+    Scores that are equal but for rounding count as equal, and NaN as reached: the cautious side.
+    """
+    slack = float(jnp.finfo(null.dtype).eps) ** 0.6  # 4e-10 in float64, 7e-5 in float32
+    return jnp.sum(~(null < observed[None] - slack), axis=0)
 
 
 def shift_test(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import as_integer, as_key
-from cebra_jax_metrics.consistency import against_null
+from cebra_jax_metrics.consistency import num_not_below
 from cebra_jax_metrics.encoders import Encoder
 from cebra_jax_metrics.estimation import (
     check_lengths,
@@ -178,8 +178,9 @@ def goodness_of_fit_test(
     else:
         raise ValueError(f"method has to be 'shift' or 'refit', got {method!r}.")
     bits = (float(chance_level(batch_size)) - losses) / math.log(2)
-    test = against_null(bits[0], bits[1:], np.array([0.5]))
-    return GoodnessOfFitTest(float(bits[0]), bits[1:], float(test.p_value), method, shifts)
+    reached = int(num_not_below(jnp.asarray(bits[1:], jnp.float32), jnp.float32(bits[0])))
+    p_value = (1 + reached) / len(bits)
+    return GoodnessOfFitTest(float(bits[0]), bits[1:], p_value, method, shifts)
 
 
 def _check_labels_change(sampler: Any) -> None:
