@@ -121,8 +121,8 @@ def test_target_of_the_functions_with_the_signatures_of_cebra():
 def test_monte_carlo_intervals_cover(model):
     """The 95 % interval of 2000 keys covers the long-run value in 93 to 97 %."""
     X, label = simulate(3, 1000)
-    sampler, sizes = samplers.TimeDelta(label, 1), {"batch_size": 32, "num_batches": 40}
-    long = estimate_infonce(KEY, model, X, sampler, batch_size=32, num_batches=200_000)
+    sampler, sizes = samplers.TimeDelta(label, 1), {"batch_size": 64, "num_batches": 100}
+    long = estimate_infonce(KEY, model, X, sampler, batch_size=64, num_batches=200_000)
     keys = jax.random.split(jax.random.key(1), 2000)
     each = [estimate_infonce(key, model, X, sampler, **sizes) for key in keys]
     loss, stderr = (
@@ -295,12 +295,12 @@ def test_common_draws_need_fewer_than_half_of_the_batches(model):
     X, label = simulate(5, 3000)
     rng = np.random.default_rng(0)
     params = model.encoders[0].params
-    noisy = {name: x + 0.05 * x.std() * rng.normal(size=x.shape) for name, x in params.items()}
+    noisy = {name: x + 0.09 * x.std() * rng.normal(size=x.shape) for name, x in params.items()}
     noisy = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), noisy)
     other = Model((type(model.encoders[0])(**{**vars(model.encoders[0]), "params": noisy}),))
     sampler = samplers.TimeDelta(label, 1)
     result = compare_goodness_of_fit(KEY, model, other, X, sampler, **SIZES, num_batches=400)
-    assert 0.002 < abs(result.difference) < 0.2
+    assert 0.01 < abs(result.difference) < 0.04
     # The number of batches that a standard error takes grows with its square.
     assert result.stderr**2 <= 0.5 * result.independent_stderr**2
     alone = [
