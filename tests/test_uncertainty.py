@@ -142,18 +142,20 @@ def test_bootstrap_intervals_cover(model):
     long, label = simulate(4, 10**6)
     sampler = samplers.TimeDelta(label, 1)
     truth = float(estimate_infonce(KEY, model, long, sampler, **SIZES, num_batches=4000).bits)
-    covered = {"basic": [], "standard": []}
+    covered, observed, stderr = [], [], []
     for seed in range(200):
         X, label = simulate(1000 + seed, steps)
         sampler = samplers.TimeDelta(label, 1)
         result = bootstrap_goodness_of_fit(
             jax.random.key(seed), model, X, sampler, **SIZES, num_resamples=100
         )
-        for kind, found in covered.items():
-            low, high = result.interval(kind=kind)
-            found.append(low <= truth <= high)
-    for found in covered.values():
-        assert 0.88 <= np.mean(found) <= 0.99
+        low, high = result.interval()
+        covered.append(low <= truth <= high)
+        observed.append(result.observed)
+        stderr.append(result.stderr)
+    assert 0.88 <= np.mean(covered) <= 0.99
+    # The standard error is the spread over recordings, known from 200 of them.
+    np.testing.assert_allclose(np.mean(stderr), np.std(observed, ddof=1), rtol=3 / math.sqrt(400))
 
 
 KINDS = {
@@ -206,15 +208,16 @@ def test_intervals():
     samples = np.array([0.0, 1.0, 2.0, 3.0, 10.0])
     result = Bootstrap(np.float64(2.0), samples, 1)
     assert result.bias == pytest.approx(1.2)
-    low, high = result.interval(0.5)
+    low, high = result.interval(0.5, "basic")
     assert (low, high) == pytest.approx((4 - 3, 4 - 1))  # quantiles 1 and 3, reflected
     assert result.interval(0.5, "percentile") == pytest.approx((1, 3))
-    low, high = result.interval(0.95, "standard")
-    assert (low + high) / 2 == pytest.approx(0.8)
+    low, high = result.interval()
+    assert (low + high) / 2 == pytest.approx(2.0)
     assert (high - low) / 2 == pytest.approx(1.959964 * samples.std(ddof=1))
     quiet = Bootstrap(np.float64(2.0), samples, 1, noise=1e9)
     assert quiet.stderr == 0
-    assert quiet.interval(0.5) == pytest.approx((0.8, 0.8))
+    assert quiet.interval(0.5) == pytest.approx((2.0, 2.0))
+    assert quiet.interval(0.5, "basic") == pytest.approx((0.8, 0.8))
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.8, 0.95])
