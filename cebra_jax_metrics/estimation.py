@@ -91,6 +91,11 @@ class Estimate:
         return (self.chance - self.loss) / math.log(2)
 
     @property
+    def per_batch_bits(self) -> Array:
+        """Goodness of fit of every batch ``(num_batches,)``, in bits."""
+        return (self.chance - self.per_batch) / math.log(2)
+
+    @property
     def bits_stderr(self) -> Array:
         """Standard error of the goodness of fit, in bits."""
         return self.stderr / math.log(2)

@@ -31,6 +31,7 @@ from cebra_jax_metrics.samplers import Batch, DeltaNormal, Discrete, Mixed, Samp
 from cebra_jax_metrics.sharding import spread
 from cebra_jax_metrics.training import fit
 from cebra_jax_metrics.uncertainty import (
+    optimal_block_length,
     required_gap,
     sampled_steps,
     time_split,
@@ -39,6 +40,9 @@ from cebra_jax_metrics.uncertainty import (
 
 Labelled = TimeDelta | DeltaNormal | Discrete | Mixed
 LABELS = ("labels", "discrete", "continuous")  # the fields of samplers that hold them
+# Shuffled blocks are at least so many time offsets long, and by default so many lengths of a
+# bootstrap's blocks, since seams and lost slow changes both make the null too narrow.
+SEAMS, BLOCKS_PER_LENGTH = 10, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +102,9 @@ def goodness_of_fit_test(
     Embeddings are computed once, and where references are drawn uniformly over time so is the part
     of the loss that depends on negatives, so that hundreds of shifts take little longer than one
     score. **It is valid only on rows that the encoder was not fitted to**: a fitted encoder knows
-    its labels, related or not. ``held_out`` says which rows those are.
+    its labels, related or not. ``held_out`` says which rows those are. It also takes labels or
+    recording to be stationary over those rows, and is approximate in that a circle has a seam and
+    small shifts are left out: of a trend in both it makes a relation.
 
     ``"refit"``: on each shifted or shuffled series of labels a new model is trained, and scored on
     held-out rows: what the whole procedure finds where there is nothing to be found. The observed
@@ -123,9 +129,11 @@ def goodness_of_fit_test(
             the encoder still sees what belongs to the label.
         surrogate: For ``"refit"``, ``"shift"`` or ``"blocks"``: whether labels are shifted, or cut
             into blocks that are shuffled.
-        block_length: For blocks, their length in steps.
+        block_length: For blocks, their length in steps; by default four times
+            :func:`optimal_block_length` of the labels. What changes more slowly than that is lost,
+            and with it some of the spread of the null: shifts are the safer choice.
         fit_options: For ``"refit"``, what :func:`fit` is given: at least ``num_steps``.
-        session_id: For ``"shift"``, which encoder of a multi-session model to use.
+        session_id: For ``"shift"`` only, which encoder of a multi-session model to use.
         progress: For ``"refit"``, wraps the loop over chunks of training steps.
         mesh: Devices to spread shifts, or models, over (:func:`spread`).
         axis_name: The axis of the mesh, where it has several.
@@ -140,8 +148,8 @@ def goodness_of_fit_test(
             method; or what :func:`estimate_infonce` and :func:`fit` raise.
         TypeError: The sampler has no labels to shift, or the key is no JAX key.
 
-    Source: for the +1, Davison & Hinkley, *Bootstrap Methods and their Application* (1997), section
-    4.2.
+    Source: Harris, "Nonsense correlations in neuroscience", bioRxiv 2020.11.29.402719; for the +1,
+    Davison & Hinkley, *Bootstrap Methods and their Application* (1997), section 4.2.
     """
     if not isinstance(sampler, TimeDelta | DeltaNormal | Discrete | Mixed):
         raise TypeError(
@@ -153,8 +161,7 @@ def goodness_of_fit_test(
     key = as_key(key)
     num_batches = as_integer("num_batches", num_batches, at_least=2)
     batch_size = as_integer("batch_size", batch_size, at_least=1)
-    _check_labels_change(sampler)
-    gap = required_gap(model, sampler, session_id)
+    gap = required_gap(model, sampler, session_id if method == "shift" else None)
     shifts: np.ndarray | None
     shortest = gap if min_shift is None else as_integer("min_shift", min_shift, at_least=1)
     sizes: dict[str, Any] = {"batch_size": batch_size, "num_batches": num_batches}
@@ -166,14 +173,25 @@ def goodness_of_fit_test(
             )
         number = as_integer("num_samples", 200 if num_samples is None else num_samples, 1)
         steps = _unseen_steps(sampler, held_out)
+        _check_labels_change(sampler, steps)
         shifts = _shifts(key, len(steps), shortest, number)
         items = np.concatenate([[0], shifts]).astype(np.int32)
         losses = _shifted_scores(key, model, X, sampler, steps, items, session_id, sizes, over)
     elif method == "refit":
+        if session_id is not None:
+            raise ValueError("Refitting is of one session: leave session_id out.")
         number = as_integer("num_samples", 39 if num_samples is None else num_samples, 1)
         split = _fitted_and_held_out(sampler, held_out, gap)
+        for steps in split:
+            _check_labels_change(sampler, steps)
+        if surrogate == "blocks" and min_shift is not None:
+            raise ValueError("min_shift belongs to shifts: leave it out with surrogate='blocks'.")
         series, shifts = _surrogates(key, sampler, surrogate, shortest, block_length, number)
-        options = dict(fit_options or {}) | {"progress": progress}
+        options = dict(fit_options or {})
+        taken = sorted(options.keys() & {"progress", "mesh", "axis_name", "batch_size"})
+        if taken:
+            raise ValueError(f"Pass {taken} as arguments of their own, not in fit_options.")
+        options["progress"] = progress
         losses = _refitted_scores(key, model, X, series, split, options, sizes, over)
     else:
         raise ValueError(f"method has to be 'shift' or 'refit', got {method!r}.")
@@ -183,11 +201,15 @@ def goodness_of_fit_test(
     return GoodnessOfFitTest(float(bits[0]), bits[1:], p_value, method, shifts)
 
 
-def _check_labels_change(sampler: Any) -> None:
-    for name in LABELS:
-        labels = np.asarray(getattr(sampler, name, [0, 1]))[: int(sampler.length)]
-        if (labels == labels[:1]).all() and len(labels) > 1:
-            raise ValueError(f"The {name} never change: shifting them does nothing.")
+def _check_labels_change(sampler: Any, steps: np.ndarray) -> None:
+    fields = [
+        np.asarray(getattr(sampler, name))[steps] for name in LABELS if hasattr(sampler, name)
+    ]
+    if all((labels == labels[:1]).all() for labels in fields):
+        raise ValueError(
+            f"The labels never change over the {len(steps)} rows from {steps.min()} on: shifting "
+            "them does nothing. Choose other rows or labels."
+        )
 
 
 def _unseen_steps(sampler: Any, held_out: slice | None) -> np.ndarray:
@@ -327,9 +349,15 @@ def _surrogates(
         return [sampler, *(_reordered(sampler, order) for order in orders)], shifts
     if surrogate != "blocks":
         raise ValueError(f"surrogate has to be 'shift' or 'blocks', got {surrogate!r}.")
+    shortest_block = SEAMS * int(getattr(sampler, "time_offset", 1))
     if block_length is None:
-        raise ValueError("Blocks need a block_length, in steps.")
+        block_length = max(shortest_block, _block_length_of_labels(sampler))
     block_length = as_integer("block_length", block_length, at_least=1)
+    if block_length < shortest_block:
+        raise ValueError(
+            f"block_length has to be at least {shortest_block} steps, {SEAMS} times the time "
+            f"offset, since labels jump at seams; got {block_length}."
+        )
     blocks = np.split(np.arange(length), range(block_length, length, block_length))
     if len(blocks) < 4:
         raise ValueError(
@@ -340,6 +368,13 @@ def _surrogates(
     drawn = [np.asarray(jax.random.permutation(one, len(blocks))) for one in keys]
     shuffled = [np.concatenate([blocks[i] for i in order]) for order in drawn]
     return [sampler, *(_reordered(sampler, order) for order in shuffled)], None
+
+
+def _block_length_of_labels(sampler: Labelled) -> int:
+    """Blocks that are long against the autocorrelation of the labels."""
+    fields = [np.asarray(getattr(sampler, name)) for name in LABELS if hasattr(sampler, name)]
+    columns = np.column_stack([x[: len(sampled_steps(sampler))] for x in fields])
+    return BLOCKS_PER_LENGTH * optimal_block_length(columns)
 
 
 def _reordered(sampler: Labelled, order: np.ndarray) -> Labelled:
@@ -380,7 +415,7 @@ def _refitted_scores(
     test = [with_steps(sampler, held_out) for sampler in series]
     batches = [draw(jax.random.fold_in(key, 2), sampler, **sizes) for sampler in test]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-    X = jnp.asarray(X, jnp.float32)
+    X = jnp.asarray(X, float)  # float32 but in x64
     return np.asarray(spread(_held_out_losses, (X,), (stack, stacked), **over), float)
 
 

@@ -74,17 +74,18 @@ def _mean_of_blocks(
         distance = jnp.where(is_real[None], _squared_distances(query, labels, weights), jnp.inf)
         # Any offset gives the same weights: it is no part of what is differentiated.
         nearer = jnp.minimum(nearest, lax.stop_gradient(jnp.min(distance, axis=1)))
-        kept = jnp.exp((nearer - nearest) / bandwidth)
+        # Before the first block there is nothing to keep.
+        kept = jnp.exp(jnp.where(jnp.isfinite(nearest), nearer - nearest, 0) / bandwidth)
         excess = jnp.where(is_real[None], distance - nearer[:, None], 0)
         share = jnp.where(is_real[None], jnp.exp(-excess / bandwidth), 0)
         added = jnp.einsum("ql,ld->qd", share, values, precision=lax.Precision.HIGHEST)
         state = nearer, total * kept + jnp.sum(share, axis=1), weighted * kept[:, None] + added
         return state, None
 
-    first = jax.tree.map(lambda x: x[0, :1], blocks[:2])
-    nearest = jnp.sum(weights[None] * (query - first[0]) ** 2, axis=1)
-    nothing = jnp.zeros_like(nearest), jnp.zeros((len(query), first[1].shape[1]), query.dtype)
-    (_, total, weighted), _ = lax.scan(add, (lax.stop_gradient(nearest), *nothing), blocks)
+    number = len(query)
+    nearest = jnp.full(number, jnp.inf, query.dtype)
+    nothing = jnp.zeros(number, query.dtype), jnp.zeros((number, blocks[1].shape[-1]), query.dtype)
+    (_, total, weighted), _ = lax.scan(add, (nearest, *nothing), blocks)
     return weighted / total[:, None]
 
 

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -28,7 +29,6 @@ from cebra_jax_metrics.estimation import (
     rows_at,
     subspaces,
 )
-from cebra_jax_metrics.infonce import goodness_of_fit
 from cebra_jax_metrics.model import Checkpoint, Model, as_model, select_encoder
 from cebra_jax_metrics.samplers import DeltaNormal, Discrete, Mixed, Sampler, Time, TimeDelta
 from cebra_jax_metrics.sharding import spread
@@ -185,10 +185,9 @@ def bootstrap_goodness_of_fit(
     def bits(batches: list[Any]) -> np.ndarray:
         """Of every batch."""
         stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
-        over = _over(mesh, axis_name)
+        over = partial(spread, mesh=mesh, axis_name=axis_name)
         losses = losses_of(as_model(model).criterion, encoders, spaces, stacked, over)
-        total = np.asarray(losses.loss)
-        return np.asarray(goodness_of_fit(total / len(spaces), batch_size)) * len(spaces)
+        return (len(spaces) * math.log(batch_size) - np.asarray(losses.loss)) / math.log(2)
 
     whole = draw(observed_key, sampler, batch_size, OBSERVED_BATCHES * num_batches)
     at_once = max(1, MAX_QUERIES_AT_ONCE // (num_batches * batch_size))
@@ -208,10 +207,6 @@ def bootstrap_goodness_of_fit(
         block_length=block_length,
         noise=float(each.var(axis=1, ddof=1).mean() / num_batches),
     )
-
-
-def _over(mesh: Mesh | None, axis_name: str | None) -> Callable[..., Any]:
-    return lambda *args, **options: spread(*args, mesh=mesh, axis_name=axis_name, **options)
 
 
 def _check_resampled(sampler: object) -> None:
@@ -262,7 +257,7 @@ def optimal_block_length(series: ArrayLike) -> int:
         series: ``(time,)`` or ``(time, features)``; of several features the longest is taken.
 
     Returns:
-        Steps, at most three times the root of their number.
+        Steps, at most three times the root of their number, and a third of it.
 
     Raises:
         ValueError: The series has fewer than 10 steps, is not finite, or never changes.
@@ -276,7 +271,7 @@ def optimal_block_length(series: ArrayLike) -> int:
         raise ValueError(f"Expected a series of at least 10 steps, got shape {np.shape(series)}.")
     if not np.isfinite(values).all():
         raise ValueError("The series contains NaN or infinity; drop these time steps.")
-    changing = values[:, values.std(axis=0) > 0]
+    changing = values[:, (values != values[:1]).any(axis=0)]
     if not changing.shape[1]:
         raise ValueError("The series never changes: it has no autocorrelation.")
     return max(_block_length(column) for column in changing.T)
@@ -295,7 +290,7 @@ def _block_length(values: np.ndarray) -> int:
     windows = np.lib.stride_tricks.sliding_window_view(is_small, run)[:farthest]
     runs = windows.all(axis=1)
     lag = int(np.argmax(runs)) if runs.any() else farthest
-    width = max(1, min(2 * lag, farthest))
+    width = min(2 * max(lag, 1), farthest)
     lags = np.arange(-width, width + 1)
     weights = np.clip(2 * (1 - np.abs(lags) / width), 0, 1)  # the flat-top window
     near = covariance[np.abs(lags)]
@@ -340,6 +335,8 @@ def compare_goodness_of_fit(
     second: Model | Checkpoint,
     X: Any,
     sampler: Sampler | tuple[Sampler, Sampler],
+    *,
+    num_batches: int = 500,
     **options: Any,
 ) -> Comparison:
     """Which of two models fits a recording better, or one model under which of two samplers.
@@ -353,7 +350,8 @@ def compare_goodness_of_fit(
         second: Another one, or the same.
         X: The recording ``(time, neurons)``.
         sampler: One for both, or one for each; those of one kind share most of their draws.
-        **options: Of :func:`estimate_infonce`: ``batch_size``, ``num_batches`` and so on.
+        num_batches: Batches that both are scored on.
+        **options: Of :func:`estimate_infonce`: ``batch_size``, ``session_id`` and so on.
 
     Returns:
         The difference in bits with its paired standard error, and both estimates.
@@ -365,15 +363,14 @@ def compare_goodness_of_fit(
     samplers = sampler if isinstance(sampler, tuple) else (sampler, sampler)
     if len(samplers) != 2:
         raise ValueError(f"Expected one sampler or two, got {len(samplers)}.")
-    as_integer("num_batches", options.get("num_batches", 2), at_least=2)
+    num_batches = as_integer("num_batches", num_batches, at_least=2)
     if options.get("target_stderr_bits") is not None:
         raise ValueError("Both take the same batches: ask for num_batches, not for a target.")
     estimates = [
-        estimate_infonce(as_key(key), model, X, each, **options)
+        estimate_infonce(as_key(key), model, X, each, num_batches=num_batches, **options)
         for model, each in zip((first, second), samplers, strict=True)
     ]
-    bits = [(x.chance - np.asarray(x.per_batch)) / math.log(2) for x in estimates]
-    difference = np.asarray(bits[0] - bits[1])
+    difference = np.asarray(estimates[0].per_batch_bits - estimates[1].per_batch_bits)
     return Comparison(
         first=estimates[0],
         second=estimates[1],
@@ -394,9 +391,12 @@ def required_gap(model: Model | Checkpoint, sampler: Any, session_id: int | None
         The receptive field plus the time offset: closer rows share samples of the recording, or
         pairs of time steps.
     """
-    inner = getattr(sampler, "sampler", getattr(sampler, "behavior", sampler))
-    time_offset = int(np.asarray(getattr(inner, "time_offset", 0)))
-    return select_encoder(model, session_id).receptive_field + time_offset
+    parts = [
+        sampler,
+        *(getattr(sampler, name, None) for name in ("sampler", "behavior", "conditional")),
+    ]
+    offsets = [int(np.asarray(getattr(part, "time_offset", 0))) for part in parts]
+    return select_encoder(model, session_id).receptive_field + max(offsets)
 
 
 def time_split(num_steps: int, *, gap: int, test_size: float = 0.25) -> tuple[slice, slice]:
@@ -450,14 +450,14 @@ def time_folds(num_steps: int, num_folds: int, *, gap: int) -> list[tuple[np.nda
     num_steps = as_integer("num_steps", num_steps, at_least=1)
     num_folds, gap = as_integer("num_folds", num_folds, at_least=2), as_integer("gap", gap, 0)
     edges = np.linspace(0, num_steps, num_folds + 1).round().astype(int)
-    longest = int(np.diff(edges).max())
-    if num_folds > num_steps or longest + 2 * gap >= num_steps:
+    every = np.arange(num_steps)
+    folds = [
+        (every[(every < start - gap) | (every >= stop + gap)], slice(int(start), int(stop)))
+        for start, stop in itertools.pairwise(edges)
+    ]
+    if num_folds > num_steps or not all(fitted.size for fitted, _ in folds):
         raise ValueError(
             f"{num_steps} steps are too short for {num_folds} folds with gaps of {gap} steps: use "
             "fewer folds, or a longer recording."
         )
-    every = np.arange(num_steps)
-    return [
-        (every[(every < start - gap) | (every >= stop + gap)], slice(int(start), int(stop)))
-        for start, stop in itertools.pairwise(edges)
-    ]
+    return folds

@@ -124,7 +124,7 @@ def test_over_a_mesh(method):
 
 @pytest.mark.parametrize("surrogate", ["shift", "blocks"])
 def test_refitted_models_are_those_of_fit(surrogate):
-    """The first and the last of them, trained and scored one by one."""
+    """With labels as they are and, of the shifted ones, with the last: trained and scored alone."""
     sampler, options = SAMPLERS["time_delta"], {**SIZES, "num_samples": 3, "surrogate": surrogate}
     options |= {"block_length": 40} if surrogate == "blocks" else {}
     test = goodness_of_fit_test(
@@ -174,9 +174,9 @@ SMALL = {"architecture": "offset1-model", "num_hidden_units": 8, "output_dimensi
 def test_level_of_the_shift_test():
     """400 encoders trained on labels that have nothing to do with the recording."""
     p_values = []
-    for number, (recording, labels) in enumerate(recordings(50, 8, 2000, drives=False)):
+    for number, (recording, labels) in enumerate(recordings(400, 1, 2000, drives=False)):
         train = [samplers.TimeDelta(y, 1, steps=np.arange(990)) for y in labels]
-        keys = jax.random.split(jax.random.key(number), 8)
+        keys = jax.random.split(jax.random.key(number), 1)
         options = {**SMALL, "batch_size": 64, "num_steps": 60, "learning_rate": 1e-2}
         stack = fit(keys, recording, train, **options).model
         for i, y in enumerate(labels):
@@ -217,6 +217,8 @@ def test_level_of_the_refit_test():
     p_values = np.array(list(refit_p_values(60, drives=False)))
     low, high = binom.interval(0.99, 60, 0.05)
     assert low <= np.sum(p_values <= 0.05 + 1e-9) <= high
+    low, high = binom.interval(0.99, 60, 0.5)
+    assert low <= np.sum(p_values <= 0.5 + 1e-9) <= high
 
 
 @pytest.mark.heavy
@@ -256,10 +258,27 @@ def refit(**options):
 
 
 CONSTANT = samplers.TimeDelta(np.ones((STEPS, 2)), 1)
+LATE = samplers.Discrete(np.maximum(np.arange(STEPS) - 250, 0) // 10)
 SOME = samplers.TimeDelta(LABELS, 1, steps=np.arange(50))
 BAD = {
     "time": (lambda: of(sampler=samplers.Time(STEPS)), TypeError, "no|labels to shift.*got Time"),
     "constant": (lambda: of(sampler=CONSTANT), ValueError, "The labels never change"),
+    "constant there": (
+        lambda: of(sampler=LATE, held_out=slice(0, 200)),
+        ValueError,
+        "never change over the 200 rows from 0 on",
+    ),
+    "session": (lambda: refit(session_id=0), ValueError, "leave session_id out"),
+    "mesh twice": (
+        lambda: refit(fit_options={**TRAINING, "mesh": None}),
+        ValueError,
+        r"Pass \['mesh'\] as arguments",
+    ),
+    "blocks min_shift": (
+        lambda: refit(surrogate="blocks", min_shift=5),
+        ValueError,
+        "min_shift belongs to shifts",
+    ),
     "one class": (
         lambda: of(sampler=samplers.Discrete(np.ones(STEPS, int))),
         ValueError,
@@ -280,7 +299,11 @@ BAD = {
     "all": (lambda: refit(held_out=slice(None)), ValueError, "one end of the 300 rows"),
     "none left": (lambda: refit(held_out=slice(3, None)), ValueError, "leave none of 300"),
     "surrogate": (lambda: refit(surrogate="noise"), ValueError, "'shift' or 'blocks', got 'noise'"),
-    "no length": (lambda: refit(surrogate="blocks"), ValueError, "Blocks need a block_length"),
+    "short blocks": (
+        lambda: refit(surrogate="blocks", block_length=19),
+        ValueError,
+        "at least 20 steps, 10 times the time offset",
+    ),
     "few blocks": (
         lambda: refit(surrogate="blocks", block_length=150),
         ValueError,

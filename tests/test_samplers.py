@@ -303,6 +303,15 @@ def test_from_steps_every_positive_is_the_nearest_of_them(name):
     np.testing.assert_array_equal(sampler.sample(key, 500).positive, expected)
 
 
+def test_steps_may_be_a_slice():
+    """Cut to the steps that leave room for a positive, as slices are."""
+    for sampler, last in (
+        (Time(N, 3, slice(30, N)), N - 3),
+        (Discrete(DISCRETE, steps=slice(30, N)), N),
+    ):
+        np.testing.assert_array_equal(sampler.steps, np.arange(30, last))
+
+
 def test_from_steps_labels_change_as_they_did_in_the_recording():
     """Not from one of the steps to the next: here all changes are 3, whatever the steps."""
     sampler = TimeDelta(np.arange(float(N)), 3, steps=np.arange(3, N - 10, 7))

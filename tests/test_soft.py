@@ -70,6 +70,20 @@ def test_kernel_mean_far_from_all_labels():
     np.testing.assert_array_equal(near, [[2.0], [1.0]])
 
 
+@pytest.mark.parametrize("features", [1, 8, 20])
+@pytest.mark.parametrize("bandwidth", [1e-12, 1e-9])
+def test_kernel_mean_near_the_first_label_in_float32(features, bandwidth):
+    """The nearest distance rounds alike wherever it is computed, so that no share is lost."""
+    rng = np.random.default_rng(features)
+    labels, values = rng.normal(size=(50, features)), rng.normal(size=(50, 2))
+    query = labels[:1] + 1e-2 * rng.normal(size=(400, features))
+    arrays = (jnp.asarray(x, jnp.float32) for x in (labels, values, query))
+    options = {"bandwidth": bandwidth, "weights": jnp.ones(features)}
+    found = jax.jit(kernel_mean)(*arrays, **options)
+    nearest = ((query[:, None] - labels[None]) ** 2).sum(2).argmin(1)
+    np.testing.assert_allclose(found, values[nearest], rtol=1e-5)
+
+
 @pytest.mark.parametrize("hard", HARD)
 @pytest.mark.parametrize("similarity", MODELS)
 def test_the_limit_is_the_hard_sampler(hard, similarity):

@@ -33,7 +33,6 @@ from cebra_jax_metrics.uncertainty import Bootstrap, optimal_block_length, resam
 
 Between = Literal["datasets", "runs"]
 NULL_QUANTILES = (0.05, 0.5, 0.95)
-FARTHER = 5
 
 
 class Consistency(NamedTuple):
@@ -280,8 +279,9 @@ def bootstrap_consistency(
     """What consistency scores would be on other recordings like these, the encoders being fixed.
 
     A circular block bootstrap over time. Between runs the same time steps are taken of all
-    embeddings, between datasets those of each recording are resampled on their own, with their
-    labels, and aligned anew in the bins of the whole.
+    embeddings, between datasets those of each dataset are resampled on their own, with their
+    labels, and aligned anew in the bins of the whole. Means of bins are noisier in resampled
+    recordings, so that between datasets standard errors are on the large side.
 
     Args:
         key: A JAX PRNG key.
@@ -325,10 +325,13 @@ def bootstrap_consistency(
             optimal_block_length(np.asarray(x)[keep]) for x, keep in zip(arrays, valid, strict=True)
         )
         block_length = min(longest, min(int(keep.sum()) for keep in valid) // 2)
-    keys = jax.random.split(key, len(arrays)) if values is not None else [key] * len(arrays)
+    # Embeddings of one recording have its steps in common.
+    names = list(dict.fromkeys(ids))
+    own = [key] * len(names) if values is None else jax.random.split(key, len(names))
+    keys = dict(zip(names, own, strict=True))
     steps = [
-        resampled_places(one, int(keep.sum()), block_length, num_resamples)
-        for one, keep in zip(keys, valid, strict=True)
+        resampled_places(keys[name], int(keep.sum()), block_length, num_resamples)
+        for name, keep in zip(ids, valid, strict=True)
     ]
     with _precision(arrays) as dtype:
         rows = [jnp.asarray(x[keep], dtype) for x, keep in zip(arrays, valid, strict=True)]
@@ -337,12 +340,10 @@ def bootstrap_consistency(
             matrices = resampled_consistency(steps, rows, **over)
         else:
             found = label_bins(values, bins)
-            # A bin that a resampled recording lacks may reach farther than one of the whole.
-            reach = FARTHER * found.reach
             sizes: dict[str, Any] = {
                 "num_bins": found.number,
                 "margin": found.margin,
-                "reach": reach,
+                "reach": found.reach,
             }
             places = [jnp.asarray(x[keep]) for x, keep in zip(found.places, valid, strict=True)]
             matrices = resampled_consistency(steps, rows, places, **sizes, **over)

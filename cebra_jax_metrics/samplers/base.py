@@ -284,6 +284,8 @@ def as_steps(steps: object, stop: ArrayLike) -> Any:
     """Time steps to draw from, all within ``[0, stop)``, as int32; ``None`` stays ``None``."""
     if steps is None:
         return None
+    if isinstance(steps, slice):
+        steps = np.arange(int(np.asarray(stop)))[steps]
     steps = as_integers(steps, "steps")
     known = None if is_traced(steps, stop) else np.asarray(steps)
     if known is not None and not (known.min() >= 0 and known.max() < int(np.asarray(stop))):

@@ -55,8 +55,8 @@ class TimeDelta(FromSteps):
         labels: Continuous labels ``(time,)`` or ``(time, features)``; kept as float32.
         time_offset: Steps over which the labels change.
         length: Number of real rows where ``labels`` (or ``steps``) are padded; all by default.
-        steps: Draw references, negatives and positives from these time steps ``(steps,)`` of the
-            recording, which may repeat; all by default.
+        steps: Draw references, negatives and positives from these time steps of the recording:
+            a slice, or integers ``(steps,)``, which may repeat; all by default.
 
     Raises:
         ValueError: Labels are empty, not finite or have more than two dimensions.
@@ -107,8 +107,8 @@ class DeltaNormal(FromSteps):
         labels: Continuous labels ``(time,)`` or ``(time, features)``; kept as float32.
         delta: Standard deviation, in the units of the labels.
         length: Number of real rows where ``labels`` (or ``steps``) are padded; all by default.
-        steps: Draw references, negatives and positives from these time steps ``(steps,)`` of the
-            recording, which may repeat; all by default.
+        steps: Draw references, negatives and positives from these time steps of the recording:
+            a slice, or integers ``(steps,)``, which may repeat; all by default.
 
     Raises:
         ValueError: ``delta`` is not a positive number, or the labels are empty, not finite or have

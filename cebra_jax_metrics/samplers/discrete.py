@@ -65,8 +65,8 @@ class Discrete(FromSteps):
         prior: Of references and negatives: ``"empirical"`` is uniform over time, ``"uniform"`` is
             uniform over the label values that occur, then over the time steps of that value.
         length: Number of real entries where ``labels`` (or ``steps``) are padded; all by default.
-        steps: Draw references, negatives and positives from these time steps ``(steps,)`` of the
-            recording, which may repeat; all by default.
+        steps: Draw references, negatives and positives from these time steps of the recording:
+            a slice, or integers ``(steps,)``, which may repeat; all by default.
 
     Raises:
         TypeError: The labels are no integers.

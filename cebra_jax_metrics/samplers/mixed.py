@@ -32,8 +32,8 @@ class Mixed(FromSteps):
         continuous: Continuous labels ``(time,)`` or ``(time, features)``; kept as float32.
         time_offset: Steps over which the continuous labels change.
         length: Number of real rows where the labels (or ``steps``) are padded; all by default.
-        steps: Draw references, negatives and positives from these time steps ``(steps,)`` of the
-            recording, which may repeat; all by default.
+        steps: Draw references, negatives and positives from these time steps of the recording:
+            a slice, or integers ``(steps,)``, which may repeat; all by default.
 
     Raises:
         TypeError: The discrete labels are no integers.

@@ -1,6 +1,7 @@
 """Positives that are means over near labels, so that what is near can be learned."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,7 +74,7 @@ class Soft(SampleInTwoSteps):
     (2,)
     """
 
-    sampler: Leaf
+    sampler: Any  # TimeDelta or DeltaNormal
     bandwidth: Leaf
     weights: Leaf = None
 

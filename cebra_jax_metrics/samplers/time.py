@@ -24,8 +24,8 @@ class Time(SampleInTwoSteps):
     Args:
         length: Number of time steps of the recording.
         time_offset: Steps from a reference to its positive.
-        steps: Draw references and negatives from these time steps ``(steps,)``, which may repeat;
-            all that leave room for the positive by default.
+        steps: Draw references and negatives from these time steps: a slice, or integers
+            ``(steps,)``, which may repeat; all that leave room for the positive by default.
 
     Raises:
         ValueError: The recording is not longer than the time offset, or steps leave no room for it.
