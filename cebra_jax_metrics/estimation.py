@@ -594,7 +594,8 @@ def _batches_for(estimate: Estimate, num_batches: int, target: float, max_batche
             stacklevel=3,
         )
         return num_batches
-    expected = min(num_batches * (stderr / target) ** 2, max_batches)  # as it shrinks with the root
+    most = math.sqrt(max_batches / num_batches)
+    expected = num_batches * min(stderr / target, most) ** 2  # as it shrinks with the root
     return min(max(math.ceil(1.02 * expected), num_batches + 1), max_batches)
 
 

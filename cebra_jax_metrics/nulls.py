@@ -173,8 +173,8 @@ def goodness_of_fit_test(
             )
         number = as_integer("num_samples", 200 if num_samples is None else num_samples, 1)
         steps = _unseen_steps(sampler, held_out)
-        _check_labels_change(sampler, steps)
         shifts = _shifts(key, len(steps), shortest, number)
+        _check_labels_change(sampler, steps)
         items = np.concatenate([[0], shifts]).astype(np.int32)
         losses = _shifted_scores(key, model, X, sampler, steps, items, session_id, sizes, over)
     elif method == "refit":
@@ -188,7 +188,7 @@ def goodness_of_fit_test(
             raise ValueError("min_shift belongs to shifts: leave it out with surrogate='blocks'.")
         series, shifts = _surrogates(key, sampler, surrogate, shortest, block_length, number)
         options = dict(fit_options or {})
-        taken = sorted(options.keys() & {"progress", "mesh", "axis_name", "batch_size"})
+        taken = sorted(options.keys() & {"key", "progress", "mesh", "axis_name", "batch_size"})
         if taken:
             raise ValueError(f"Pass {taken} as arguments of their own, not in fit_options.")
         options["progress"] = progress

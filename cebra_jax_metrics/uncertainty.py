@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -201,12 +202,19 @@ def bootstrap_goodness_of_fit(
             scores.append(bits(waiting))
             waiting = []
     each = np.concatenate(scores).reshape(num_resamples, num_batches)
-    return Bootstrap(
+    result = Bootstrap(
         observed=bits([whole]).mean(),
         samples=each.mean(axis=1),
         block_length=block_length,
         noise=float(each.var(axis=1, ddof=1).mean() / num_batches),
     )
+    if result.stderr == 0:
+        warnings.warn(
+            "Resampled recordings differ no more than the sampling of batches makes them: the "
+            "standard error comes out as 0. Ask for larger num_batches and num_resamples.",
+            stacklevel=2,
+        )
+    return result
 
 
 def _check_resampled(sampler: object) -> None:
@@ -360,7 +368,7 @@ def compare_goodness_of_fit(
         ValueError: Fewer than 2 batches, or what :func:`estimate_infonce` raises.
         TypeError: As :func:`estimate_infonce`.
     """
-    samplers = sampler if isinstance(sampler, tuple) else (sampler, sampler)
+    samplers = sampler if isinstance(sampler, tuple | list) else (sampler, sampler)
     if len(samplers) != 2:
         raise ValueError(f"Expected one sampler or two, got {len(samplers)}.")
     num_batches = as_integer("num_batches", num_batches, at_least=2)

@@ -291,6 +291,7 @@ BAD = {
     "method": (lambda: of(method="permute"), ValueError, "'shift' or 'refit', got 'permute'"),
     "rows": (lambda: of(held_out=[1, 2]), TypeError, "held_out has to be a slice"),
     "strided": (lambda: of(held_out=slice(0, 100, 2)), TypeError, "without a step"),
+    "none": (lambda: of(held_out=slice(10, 10)), ValueError, "0 rows are too short for shifts"),
     "short": (lambda: of(held_out=slice(0, 10)), ValueError, "10 rows are too short for shifts"),
     "min_shift": (lambda: of(min_shift=200), ValueError, "300 rows are too short for shifts"),
     "options": (lambda: of(fit_options=TRAINING), ValueError, "belong to method='refit'"),

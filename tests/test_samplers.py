@@ -304,12 +304,10 @@ def test_from_steps_every_positive_is_the_nearest_of_them(name):
 
 
 def test_steps_may_be_a_slice():
-    """Cut to the steps that leave room for a positive, as slices are."""
-    for sampler, last in (
-        (Time(N, 3, slice(30, N)), N - 3),
-        (Discrete(DISCRETE, steps=slice(30, N)), N),
-    ):
-        np.testing.assert_array_equal(sampler.steps, np.arange(30, last))
+    """Of the whole recording; those without room for a positive are left out."""
+    for steps in (slice(30, N), slice(-10, None), np.arange(30, N)):
+        np.testing.assert_array_equal(Time(N, 3, steps).steps, np.arange(30, N - 3))
+        np.testing.assert_array_equal(Discrete(DISCRETE, steps=steps).steps, np.arange(30, N))
 
 
 def test_from_steps_labels_change_as_they_did_in_the_recording():
@@ -349,7 +347,12 @@ BAD = {
     "lengths": (lambda: Mixed(DISCRETE, CONTINUOUS[1:]), ValueError, "39 samples"),
     "swapped": (lambda: Mixed(CONTINUOUS, DISCRETE), ValueError, r"\(time,\)"),
     "steps": (lambda: TimeDelta(CONTINUOUS, 1, steps=[0, N]), ValueError, r"within \[0, 40\)"),
-    "steps_time": (lambda: Time(N, 3, [N - 3]), ValueError, r"within \[0, 37\), got 37 to 37"),
+    "steps_time": (lambda: Time(N, 3, [N - 3]), ValueError, "room .* the last that does is 36"),
+    "steps_traced": (
+        lambda: jax.jit(lambda n: Time(n, 3, slice(0, 5)).steps)(N),
+        TypeError,
+        "pass integers under jit",
+    ),
     "steps_float": (
         lambda: Discrete(DISCRETE, steps=[0.5]),
         TypeError,

@@ -216,6 +216,8 @@ BAD = {
     "negative": (lambda: soft(-1.0), ValueError, "bandwidth has to be finite and above 0"),
     "nan": (lambda: soft(np.nan), ValueError, "bandwidth has to be finite and above 0"),
     "tiny": (lambda: soft(1e-60), ValueError, "bandwidth has to be finite and above 0"),
+    "subnormal": (lambda: soft(1e-39), ValueError, "at least 1.17"),
+    "overflow": (lambda: soft(1.0, np.full(3, 1e38)), ValueError, "exceed the range of float32"),
     "several": (lambda: soft(np.ones(2)), ValueError, r"one number, got the shape \(2,\)"),
     "text": (lambda: soft("wide"), TypeError, "bandwidth has to be made of real numbers"),
     "width": (lambda: soft(1.0, np.ones(2)), ValueError, r"3 features of the labels.*\(2,\)"),

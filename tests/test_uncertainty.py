@@ -97,7 +97,7 @@ def test_target_that_is_met_at_once_or_never(model, chunk_size):
             sampler,
             **options,
             num_batches=10,
-            target_stderr_bits=1e-6,
+            target_stderr_bits=1e-300,
             max_batches=30,
         )
     assert never.per_batch.size == 30
@@ -169,6 +169,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Resampled recordings differ no more")  # few batches, no fit
 @pytest.mark.parametrize("kind", KINDS)
 def test_bootstrap_of_every_sampler(small, kind):
     model, X, label = small
@@ -184,6 +185,7 @@ def test_bootstrap_of_every_sampler(small, kind):
     assert abs(float(result.observed) - float(exact.bits)) < spread
 
 
+@pytest.mark.filterwarnings("ignore:Resampled recordings differ no more")
 def test_bootstrap_over_a_mesh(small):
     model, X, label = small
     options = {"batch_size": 16, "num_batches": 4, "num_resamples": 5, "block_length": 30}
@@ -202,6 +204,16 @@ def test_resampled_places_are_blocks_all_equally_often():
     counts = np.bincount(places.ravel(), minlength=40)
     # A block is drawn at once, so that the count of a step is 5.7 draws of 1 in 40 for a resample.
     assert np.abs(counts - 3000).max() < 5 * math.sqrt(3000)
+
+
+def test_no_more_spread_than_noise_is_said(small):
+    model, X, label = small
+    sampler = samplers.TimeDelta(label, 2)
+    options = {"batch_size": 2, "num_batches": 2, "num_resamples": 2, "block_length": 1}
+    keys = jax.random.split(KEY, 20)
+    with pytest.warns(UserWarning, match="the standard error comes out as 0"):
+        results = [bootstrap_goodness_of_fit(k, model, X, sampler, **options) for k in keys]
+    assert min(result.stderr for result in results) == 0
 
 
 def test_intervals():
@@ -292,16 +304,19 @@ def test_bootstrap_of_consistency_between_datasets(discrete):
     np.testing.assert_allclose(spread.samples, result.samples, atol=1e-9)
 
 
-def test_embeddings_of_one_dataset_are_resampled_together():
-    """A run that is there twice adds nothing."""
+@pytest.mark.parametrize("missing", [False, True])
+def test_embeddings_of_one_dataset_are_resampled_together(missing):
+    """A run that is there twice adds nothing, also if one lacks a row."""
     rng = np.random.default_rng(0)
     places = [np.sort(rng.uniform(size=n)) for n in (900, 700)]
     first, second = (np.stack([np.cos(3 * y), np.sin(3 * y)], 1) for y in places)
     first, second = (x + rng.normal(0, 0.2, x.shape) for x in (first, second))
     options = {"num_discretization_bins": 15, "num_resamples": 20, "block_length": 5}
-    once = bootstrap_consistency(KEY, [first, second], "datasets", places, **options)
+    lacking = first.copy()
+    lacking[5] = np.nan if missing else first[5]
+    once = bootstrap_consistency(KEY, [lacking, second], "datasets", places, **options)
     twice = bootstrap_consistency(
-        KEY, [first, first, second], "datasets", [places[0], *places], ["a", "a", "b"], **options
+        KEY, [lacking, first, second], "datasets", [places[0], *places], ["a", "a", "b"], **options
     )
     np.testing.assert_allclose(twice.samples, once.samples, atol=1e-9)
 

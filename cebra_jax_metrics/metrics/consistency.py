@@ -33,6 +33,9 @@ from cebra_jax_metrics.uncertainty import Bootstrap, optimal_block_length, resam
 
 Between = Literal["datasets", "runs"]
 NULL_QUANTILES = (0.05, 0.5, 0.95)
+# A resampled recording lacks a third of its steps: rather than none, a bin takes the nearest within
+# so many times the distance that it may reach in the whole recording.
+FARTHER = 5
 
 
 class Consistency(NamedTuple):
@@ -320,6 +323,12 @@ def bootstrap_consistency(
     observed = consistency_score(embeddings, between, labels, dataset_ids, bins).scores
     arrays, values, ids = _checked(embeddings, between, labels, dataset_ids)
     valid = [~np.isnan(np.asarray(x)).any(axis=1) for x in arrays]
+    for name in set(ids) if values is not None else ():
+        members = [number for number, other in enumerate(ids) if other == name]
+        if len({len(valid[number]) for number in members}) == 1:  # the same steps of all
+            common = np.all([valid[number] for number in members], axis=0)
+            for number in members:
+                valid[number] = common
     if block_length is None:
         longest = max(
             optimal_block_length(np.asarray(x)[keep]) for x, keep in zip(arrays, valid, strict=True)
@@ -343,7 +352,7 @@ def bootstrap_consistency(
             sizes: dict[str, Any] = {
                 "num_bins": found.number,
                 "margin": found.margin,
-                "reach": found.reach,
+                "reach": FARTHER * found.reach,
             }
             places = [jnp.asarray(x[keep]) for x, keep in zip(found.places, valid, strict=True)]
             matrices = resampled_consistency(steps, rows, places, **sizes, **over)

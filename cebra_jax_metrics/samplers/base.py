@@ -285,6 +285,8 @@ def as_steps(steps: object, stop: ArrayLike) -> Any:
     if steps is None:
         return None
     if isinstance(steps, slice):
+        if is_traced(stop):
+            raise TypeError("A slice of steps takes a known length: pass integers under jit.")
         steps = np.arange(int(np.asarray(stop)))[steps]
     steps = as_integers(steps, "steps")
     known = None if is_traced(steps, stop) else np.asarray(steps)

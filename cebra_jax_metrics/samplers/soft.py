@@ -94,11 +94,21 @@ class Soft(SampleInTwoSteps):
                 f"weights have to be one for each of the {features} features of the labels, got "
                 f"the shape {weights.shape}."
             )
-        if not is_traced(bandwidth) and not 0 < float(bandwidth) < np.inf:
-            raise ValueError(f"bandwidth has to be finite and above 0, got {bandwidth}.")
+        smallest = np.finfo(np.float32).tiny
+        if not is_traced(bandwidth) and not smallest <= float(bandwidth) < np.inf:
+            raise ValueError(
+                f"bandwidth has to be finite and above 0 (at least {smallest}), got {bandwidth}."
+            )
         known = None if is_traced(weights) else np.asarray(weights)
         if known is not None and not ((known >= 0) & np.isfinite(known)).all():
             raise ValueError(f"weights have to be finite and at least 0, got {weights}.")
+        if known is not None and not is_traced(self.sampler.labels):
+            extent = 2 * np.ptp(np.asarray(self.sampler.labels, np.float64), axis=0)
+            if np.sum(known * extent**2) > np.finfo(np.float32).max:
+                raise ValueError(
+                    "Squared distances of the labels, times the weights, exceed the range of "
+                    "float32: use larger units for the labels, or smaller weights."
+                )
         set_fields(self, bandwidth=bandwidth, weights=weights)
 
     @property

@@ -1,6 +1,9 @@
 """Positives at a fixed distance in time."""
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from cebra_jax_metrics.arrays import as_integer, is_traced
@@ -25,7 +28,8 @@ class Time(SampleInTwoSteps):
         length: Number of time steps of the recording.
         time_offset: Steps from a reference to its positive.
         steps: Draw references and negatives from these time steps: a slice, or integers
-            ``(steps,)``, which may repeat; all that leave room for the positive by default.
+            ``(steps,)``, which may repeat; all by default. Those without room for the positive are
+            left out.
 
     Raises:
         ValueError: The recording is not longer than the time offset, or steps leave no room for it.
@@ -52,7 +56,7 @@ class Time(SampleInTwoSteps):
             self,
             length=as_leaf(length, jnp.int32),
             time_offset=as_leaf(offset, jnp.int32),
-            steps=as_steps(self.steps, length - offset),
+            steps=_with_room(as_steps(self.steps, length), length - offset),
         )
 
     def padded(self) -> "Time":
@@ -75,3 +79,15 @@ class Time(SampleInTwoSteps):
     def resolve(self, query: Array) -> Array:
         """Return the query: it is the positive."""
         return query
+
+
+def _with_room(steps: Any, stop: Any) -> Any:
+    """Those steps that leave room for their positive."""
+    if steps is None or is_traced(steps, stop):
+        return steps
+    known = np.asarray(steps)
+    if known.min() >= stop:
+        raise ValueError(
+            f"None of the steps leaves room for its positive: the last that does is {stop - 1}."
+        )
+    return jnp.asarray(known[known < stop])
