@@ -126,6 +126,7 @@ def test_single_label():
         np.testing.assert_array_equal(search(labels[:, :1], query[:, :1], 1), [0, 0, 0])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rest", [1, 20, 400])
 def test_ties_of_labels_that_rest_on_a_grid(rest):
     """Changes of several steps lead to places between labels, equally near to some of them."""

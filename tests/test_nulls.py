@@ -227,6 +227,7 @@ def test_power_of_the_refit_test():
     assert np.mean(p_values <= 0.05 + 1e-9) >= 0.8
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("method", ["shift", "refit"])
 def test_both_find_the_demo(method):
     demo = load_demo()
