@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import (
     cold,
     consistency,
+    control_variates,
     devices,
     fit,
     full_batch,
@@ -23,6 +24,7 @@ from benchmarks.report import RESULTS, tables, update_readme
 
 BENCHMARKS = {
     "infonce": infonce.run,
+    "control_variates": control_variates.run,
     "scaling": scaling.run,
     "full_batch": full_batch.run,
     "neighbors": neighbors.run,

@@ -40,7 +40,7 @@ def kernels(quick: bool) -> Iterator[Comparison]:
             criterion = Criterion(similarity)
 
             def ours(windows: Windows = windows, criterion: Criterion = criterion) -> object:
-                losses = estimation._losses(criterion, encoder, windows, batch)
+                losses = estimation._losses(criterion, (encoder,), (windows,), None, batch)
                 return jax.block_until_ready(losses)
 
             case = f"InfoNCE, {similarity}, d = {width}, {num_batches} batches of {BATCH_SIZE}"

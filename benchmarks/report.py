@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks import roofline
+from benchmarks import control_variates, roofline
 from benchmarks.measure import spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,8 +77,12 @@ def stored_tables() -> str:
 def update_readme() -> None:
     """Put the tables of the stored results between README's marks, and the page's."""
     _put(README, "benchmarks", stored_tables())
-    if (RESULTS / "roofline.json").exists():
-        _put(roofline.PAGE, "roofline", roofline.page(RESULTS / "roofline.json"))
+    for part in (roofline, control_variates):
+        results = RESULTS / f"{part.PAGE.stem}.json"
+        if results.exists():
+            _put(part.PAGE, part.PAGE.stem, part.page(results))
+    if (RESULTS / "control_variates.json").exists():
+        control_variates.draw(RESULTS / "control_variates.json")
 
 
 def _put(file: Path, name: str, text: str) -> None:

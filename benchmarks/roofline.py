@@ -182,7 +182,9 @@ def measured() -> dict[str, float]:
     windows = encode_recording(encoder, X)
 
     def ours() -> object:
-        return jax.block_until_ready(estimation._losses(model.criterion, encoder, windows, batch))
+        return jax.block_until_ready(
+            estimation._losses(model.criterion, (encoder,), (windows,), None, batch)
+        )
 
     return {
         encoding().name: warm(lambda: jax.block_until_ready(encode_recording(encoder, X)), 5),

@@ -10,13 +10,14 @@ import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jax
 import numpy as np
 
 from cebra_jax_metrics.checkpoints import load, save
 from cebra_jax_metrics.demo import describe_demo
+from cebra_jax_metrics.estimation import Method
 from cebra_jax_metrics.metrics import (
     NULL_QUANTILES,
     Consistency,
@@ -95,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         "--session", type=int, metavar="I", help="session of the recording, from 0"
     )
     command.add_argument("--num-batches", type=int, default=500, metavar="N", help="default: 500")
+    command.add_argument(
+        "--method",
+        choices=get_args(Method),
+        default="plain",
+        help="control_variates: smaller standard errors from as many batches; default: plain",
+    )
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help="default: 0")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_score)
@@ -181,6 +188,7 @@ def _score(arguments: argparse.Namespace) -> str:
         *(label[rows] for label in labels),
         session_id=arguments.session,
         num_batches=arguments.num_batches,
+        method=arguments.method,
         key=jax.random.key(arguments.seed),
         chunk_size=BATCHES_PER_TICK,
         progress=progress,
@@ -196,6 +204,8 @@ def _score(arguments: argparse.Namespace) -> str:
         "chance_nats": float(estimate.chance),
         "num_negatives": int(estimate.num_negatives),
         "num_batches": arguments.num_batches,
+        "method": arguments.method,
+        "gain": float(estimate.gain),
         "num_steps": len(X[rows]),
         "session": arguments.session,
         "seed": arguments.seed,

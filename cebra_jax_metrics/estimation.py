@@ -3,9 +3,10 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,16 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import as_integer, as_key, is_traced, on_cpu
+from cebra_jax_metrics.control_variates import (
+    PAIRS,
+    Compared,
+    Known,
+    Marks,
+    compared,
+    known,
+    reduced,
+    size_of,
+)
 from cebra_jax_metrics.encoders import Encoder
 from cebra_jax_metrics.infonce import InfoNCE, chance_level
 from cebra_jax_metrics.model import (
@@ -52,6 +63,8 @@ BEHAVIOR_FEATURES = 3
 MAX_BATCHES = 100_000
 
 FeatureRange = slice | Sequence[slice] | None
+Method = Literal["plain", "control_variates"]
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +82,8 @@ class Estimate:
         parts: Where the loss is made of several, an estimate of each by its name: the objectives
             that it is the sum of, or the sessions that it is the mean of.
         num_objectives: How many objectives the loss is the sum of.
+        gain: Variance of plain batches over that of ``per_batch``, as estimated from the same
+            draws: how many times as many plain batches it takes; 1 for those.
     """
 
     loss: Array
@@ -79,6 +94,7 @@ class Estimate:
     num_negatives: int | Array
     parts: dict[str, "Estimate"] = field(default_factory=dict)
     num_objectives: int = field(default=1, metadata={"static": True})
+    gain: Array | float = 1.0
 
     @property
     def chance(self) -> Array:
@@ -309,37 +325,32 @@ def losses_of(
     over: Callable[..., Any] = spread,
 ) -> InfoNCE:
     """InfoNCE of every batch: the sum of objectives, or the mean over sessions."""
-    parts = _parts(over, criterion, encoders, spaces, batch)
+
+    def losses(name: str, windows: tuple[Windows, ...], soft: Soft | None, batch: Any) -> Any:
+        return over(_losses, (criterion, encoders, windows, soft), batch)
+
+    parts = _parts(losses, spaces, batch)
     combine = jnp.mean if isinstance(batch, MultisessionBatch) else jnp.sum
     return jax.tree.map(lambda *x: combine(jnp.stack(x), axis=0), *parts.values())
 
 
 def _parts(
-    over: Callable[..., Any],
-    criterion: Criterion,
-    encoders: tuple[Encoder, ...],
-    spaces: dict[str, tuple[Windows, ...]],
-    batch: Any,
-) -> dict[str, InfoNCE]:
-    """InfoNCE of every batch, for each objective or each session."""
+    losses: Callable[..., tuple[T, ...]], spaces: dict[str, tuple[Windows, ...]], batch: Any
+) -> dict[str, T]:
+    """What ``losses(name, windows, soft, batch)`` returns, for each objective or each session."""
     if isinstance(batch, MultisessionBatch):
-        (windows,) = spaces.values()
-        losses = over(_joint_losses, (criterion, encoders, windows), batch)
-        return {
-            str(session): InfoNCE(*(x[:, session] for x in losses))
-            for session in range(len(encoders))
-        }
+        ((name, windows),) = spaces.items()
+        return {str(i): part for i, part in enumerate(losses(name, windows, None, batch))}
+    soft, each = _by_objective(batch, spaces)
+    return {name: losses(name, windows, soft, each[name])[0] for name, windows in spaces.items()}
+
+
+def _by_objective(batch: Any, spaces: dict[str, Any]) -> tuple[Soft | None, dict[str, Any]]:
+    """The batches of every objective, and the sampler that they need to find their positives."""
     if isinstance(batch, SoftBatch):
-        drawn = batch.reference, batch.query, batch.negative
-        return {
-            name: over(_soft_losses, (criterion, encoders[0], windows[0], batch.sampler), drawn)
-            for name, windows in spaces.items()
-        }
+        return batch.sampler, dict.fromkeys(spaces, replace(batch, sampler=None))
     batches = batch.objectives if isinstance(batch, HybridBatch) else dict.fromkeys(spaces, batch)
-    return {
-        name: over(_losses, (criterion, encoders[0], windows[0]), Batch(*batches[name]))
-        for name, windows in spaces.items()
-    }
+    return None, {name: Batch(*batches[name]) for name in spaces}
 
 
 def rows_at(windows: Windows, encoder: Encoder, steps: Array) -> Array:
@@ -353,46 +364,31 @@ def length_of(windows: Windows, encoder: Encoder) -> Any:
 
 
 @jax.jit
-def _losses(criterion: Criterion, encoder: Encoder, windows: Windows, batch: Batch) -> InfoNCE:
-    @jax.checkpoint
-    def one(batch: Batch) -> InfoNCE:
-        reference, positive, negative = (rows_at(windows, encoder, steps) for steps in batch)
-        return criterion(reference, positive, negative)
-
-    return jax.lax.map(one, batch)
-
-
-@jax.jit
-def _soft_losses(
-    criterion: Criterion,
-    encoder: Encoder,
-    windows: Windows,
-    sampler: Soft,
-    batch: tuple[Array, Array, Array],
-) -> InfoNCE:
-    every = rows_at(windows, encoder, jnp.arange(len(sampler.sampler.labels), dtype=jnp.int32))
-
-    @jax.checkpoint
-    def one(batch: tuple[Array, Array, Array]) -> InfoNCE:
-        reference, query, negative = batch
-        reference, negative = (rows_at(windows, encoder, steps) for steps in (reference, negative))
-        return criterion(reference, sampler.positive(every, query), negative)
-
-    return jax.lax.map(one, batch)
-
-
-@jax.jit
-def _joint_losses(
+def _losses(
     criterion: Criterion,
     encoders: tuple[Encoder, ...],
     windows: tuple[Windows, ...],
-    batch: MultisessionBatch,
-) -> InfoNCE:
-    """InfoNCE of the references of each session against the negatives of all.
+    soft: Soft | None,
+    batch: Any,
+) -> tuple[InfoNCE, ...]:
+    """InfoNCE of every batch ``(num_batches,)``, for the references of each session."""
+    rows_of = _embedding_of_batches(encoders, windows, soft)
 
-    Returns:
-        ``(num_batches, sessions)`` each.
-    """
+    @jax.checkpoint
+    def one(batch: Any) -> tuple[InfoNCE, ...]:
+        pairs, negative = rows_of(batch)
+        return tuple(criterion(reference, positive, negative) for reference, positive in pairs)
+
+    return jax.lax.map(one, batch)
+
+
+def _embedding_of_batches(
+    encoders: tuple[Encoder, ...], windows: tuple[Windows, ...], soft: Soft | None
+) -> Callable[[Any], tuple[list[tuple[Array, Array]], Array]]:
+    """A function of a batch: references and positives of each session, and the negatives of all."""
+    at = partial(rows_at, windows[0], encoders[0])
+    if soft is not None:
+        every = at(jnp.arange(len(soft.sampler.labels), dtype=jnp.int32))
 
     def embed(steps: Array) -> Array:
         """``(sessions, batch)`` indices to ``(sessions, batch, features)``."""
@@ -400,16 +396,137 @@ def _joint_losses(
             [rows_at(w, e, s) for e, w, s in zip(encoders, windows, steps, strict=True)]
         )
 
+    def of(batch: Any) -> tuple[list[tuple[Array, Array]], Array]:
+        if isinstance(batch, MultisessionBatch):
+            reference, positive, negative = map(embed, batch[:3])
+            pooled = positive.reshape(-1, positive.shape[-1])
+            positive = pooled[batch.order].reshape(positive.shape)
+            pairs = list(zip(reference, positive, strict=True))
+            return pairs, negative.reshape(-1, negative.shape[-1])
+        positive = at(batch.positive) if soft is None else soft.positive(every, batch.query)
+        return [(at(batch.reference), positive)], at(batch.negative)
+
+    return of
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def _controlled_losses(
+    criterion: Criterion,
+    encoders: tuple[Encoder, ...],
+    windows: tuple[Windows, ...],
+    soft: Soft | None,
+    knowns: tuple[Known, ...],
+    batch: Any,
+    *,
+    batch_size: int,
+) -> tuple[tuple[InfoNCE, Compared], ...]:
+    """InfoNCE of every batch, and what :func:`compared` makes of it, for each session.
+
+    Args:
+        criterion: How embeddings are compared.
+        encoders: One for each session.
+        windows: Embeddings of each recording.
+        soft: The sampler that makes positives of a ``SoftBatch``.
+        knowns: What is known of each session.
+        batch: Of each the first ``batch_size`` references, positives and negatives are the batch;
+            the other references and positives are further pairs.
+        batch_size: The size of the batches.
+    """
+    rows_of = _embedding_of_batches(encoders, windows, soft)
+    starts = np.cumsum([0, *(len(known.level.values) for known in knowns[:-1])]).astype(np.int32)
+
     @jax.checkpoint
-    def one(batch: MultisessionBatch) -> InfoNCE:
-        reference, positive, negative = map(embed, batch[:3])
-        pooled = positive.reshape(-1, positive.shape[-1])
-        positive = pooled[batch.order].reshape(positive.shape)
-        negative = negative.reshape(-1, negative.shape[-1])
-        each = [criterion(ref, pos, negative) for ref, pos in zip(reference, positive, strict=True)]
-        return InfoNCE(*(jnp.stack(x) for x in zip(*each, strict=True)))
+    def one(batch: Any) -> tuple[tuple[InfoNCE, Compared], ...]:
+        pairs = batch.reference.shape[-1] // batch_size
+        first = batch.negative[..., : batch.negative.shape[-1] // pairs]
+        is_soft = isinstance(batch, SoftBatch)
+        batch = replace(batch, negative=first) if is_soft else batch._replace(negative=first)
+        pairs, negative = rows_of(batch)
+        steps = batch.reference.reshape(len(knowns), -1)
+        places = (first.reshape(len(knowns), -1) + starts[:, None]).reshape(-1)
+
+        def of(known: Known, steps: Array, pair: tuple[Array, Array]) -> Any:
+            reference, positive = (rows[:batch_size] for rows in pair)
+            terms = criterion.terms(reference, positive, negative)
+            aligns = criterion.terms(*pair, negative[:1]).align
+            plain = jax.tree.map(jnp.mean, terms)
+            return plain, compared(known, terms.uniform, aligns, steps, places)
+
+        return tuple(map(of, knowns, steps, pairs))
 
     return jax.lax.map(one, batch)
+
+
+def _what_is_known(
+    criterion: Criterion,
+    encoders: tuple[Encoder, ...],
+    spaces: dict[str, tuple[Windows, ...]],
+    sampler: Any,
+    most_pairs: int,
+    mesh: Mesh | None,
+    axis_name: str | None,
+) -> dict[str, tuple[Known, ...]]:
+    """What is known of the recordings, for each objective and session."""
+    windows = next(iter(spaces.values()))
+    sizes = tuple(size_of(int(length)) for length in map(length_of, windows, encoders))
+    sampler = sampler.padded()
+    # While something else is traced, known probabilities are worked on at once.
+    is_known = not is_traced(*jax.tree.leaves(sampler))
+    with jax.ensure_compile_time_eval() if is_known else nullcontext():
+        weights = _probabilities(sampler, sizes)
+        pooled = jnp.concatenate(weights) / len(weights)
+    marks = tuple(Marks.of(each, pooled, most_pairs) for each in weights)
+    objectives = getattr(sampler, "objectives", {})
+    return {
+        name: _known(
+            criterion,
+            encoders,
+            windows,
+            weights,
+            marks,
+            objectives.get(name, sampler),
+            mesh=mesh,
+            axis_name=axis_name,
+        )
+        for name, windows in spaces.items()
+    }
+
+
+@partial(jax.jit, static_argnames="sizes")
+def _probabilities(sampler: Any, sizes: tuple[int, ...]) -> tuple[Array, ...]:
+    return sampler.probabilities(*sizes)
+
+
+@partial(jax.jit, static_argnames=("mesh", "axis_name"))
+def _known(
+    criterion: Criterion,
+    encoders: tuple[Encoder, ...],
+    windows: tuple[Windows, ...],
+    weights: tuple[Array, ...],
+    marks: tuple[Marks, ...],
+    sampler: Any,
+    *,
+    mesh: Mesh | None,
+    axis_name: str | None,
+) -> tuple[Known, ...]:
+    """What is known of every session; steps behind the end of a recording have no weight."""
+    rows = [
+        rows_at(w, e, jnp.arange(len(p), dtype=jnp.int32))
+        for w, e, p in zip(windows, encoders, weights, strict=True)
+    ]
+    negative = jnp.concatenate(rows), jnp.concatenate(weights) / len(weights)
+    return tuple(
+        known(
+            criterion.similarity,
+            criterion.effective_temperature,
+            (each, weight),
+            negative,
+            mark,
+            getattr(sampler, "mean_positive", None),
+            partial(spread, mesh=mesh, axis_name=axis_name),
+        )
+        for each, weight, mark in zip(rows, weights, marks, strict=True)
+    )
 
 
 @jax.jit
@@ -465,6 +582,7 @@ def estimate_infonce(
     num_batches: int = 500,
     target_stderr_bits: float | None = None,
     max_batches: int = MAX_BATCHES,
+    method: Method = "plain",
     session_id: int | None = None,
     feature_range: FeatureRange = None,
     renormalize: bool = False,
@@ -490,6 +608,11 @@ def estimate_infonce(
         target_stderr_bits: Draw more batches until the standard error is at most this, in bits. The
             result is that of as many batches asked for at once.
         max_batches: The most to draw for it; where they do not suffice, there is a warning.
+        method: ``"plain"`` is the mean of the batches; ``"control_variates"`` has the same
+            expectation and a smaller standard error, by comparing each batch with the recording
+            (:mod:`cebra_jax_metrics.control_variates`): it looks for more positives, and computes
+            at most as many similarities again. It takes from about 20 batches on. A full batch has
+            nothing to gain, and is scored as it is.
         session_id: Which encoder of a multi-session model to use.
         feature_range: Features of the embedding to score, see :func:`evaluate`.
         renormalize: Divide the embeddings in a feature range by their norm.
@@ -505,8 +628,8 @@ def estimate_infonce(
         sampler, several feature ranges or several sessions also those of each, as ``.parts``.
 
     Raises:
-        ValueError: The recording does not fit the model, a size is below 1, or the mesh does not
-            fit (:func:`spread`).
+        ValueError: The recording does not fit the model, a size is below 1, the method is unknown,
+            or the mesh does not fit (:func:`spread`).
         TypeError: The key is no JAX key, or a size no integer.
         RuntimeError: Missing or wrong ``session_id``.
 
@@ -515,14 +638,14 @@ def estimate_infonce(
     key = as_key(key)
     batch_size = check_batch_size(sampler, batch_size)
     num_batches = as_integer("num_batches", num_batches, at_least=1)
+    if method not in get_args(Method):
+        raise ValueError(f"method has to be one of {get_args(Method)}, got {method!r}.")
     if target_stderr_bits is not None:
         _check_target(target_stderr_bits, num_batches, max_batches)
     processes, devices = 1, 1
     if mesh is not None:
         mesh, axis_name = checked_mesh(mesh, axis_name)
         processes, devices = check_enough("batches", num_batches, mesh), mesh.shape[axis_name]
-    chunk_size = _even_chunks(num_batches, processes * MAX_QUERIES_AT_ONCE, batch_size, chunk_size)
-    chunk_size += -chunk_size % devices
     over = partial(spread, mesh=mesh, axis_name=axis_name)
     is_joint = isinstance(sampler, Multisession | DiscreteMultisession)
     encoders, windows = embedded(model, X, session_id, is_joint, mesh, axis_name)
@@ -531,34 +654,50 @@ def estimate_infonce(
     criterion = as_model(model).criterion
     if mesh is not None:  # once for all chunks
         criterion, encoders, spaces = placed((criterion, encoders, spaces), mesh, PartitionSpec())
-    uniform = {}
+    uniform, knowns, pairs = {}, {}, 1
     if isinstance(sampler, FullBatch):
         for name, (space,) in spaces.items():  # of all full batches the same
             rows = space.rows[: sampler.batch_size]
             uniform[name] = jnp.mean(over(_uniform_terms, (criterion, rows), rows))
-    chunks: list[dict[str, InfoNCE]] = []
+    elif method == "control_variates":
+        if not hasattr(sampler, "probabilities"):
+            raise TypeError(
+                'method="control_variates" takes a sampler that says how probable its time steps '
+                f"are: give {type(sampler).__name__} a method probabilities(num_steps)."
+            )
+        most_pairs = num_batches * batch_size**2 * len(encoders)
+        knowns = _what_is_known(criterion, encoders, spaces, sampler, most_pairs, mesh, axis_name)
+        pairs = 1 if all(k.is_exact for each in knowns.values() for k in each) else PAIRS
+    drawn_size = pairs * batch_size
+    chunk_size = _even_chunks(num_batches, processes * MAX_QUERIES_AT_ONCE, drawn_size, chunk_size)
+    chunk_size += -chunk_size % devices
+
+    def losses(name: str, windows: tuple[Windows, ...], soft: Soft | None, batch: Any) -> Any:
+        shared = criterion, encoders, windows, soft
+        if isinstance(sampler, FullBatch):
+            return (over(_full_losses, (criterion, *encoders, *windows, uniform[name]), batch),)
+        if not knowns:
+            return over(_losses, shared, batch)
+        return over(_controlled_losses, (*shared, knowns[name]), batch, batch_size=batch_size)
+
+    chunks: list[dict[str, Any]] = []
     while True:
         for start in progress(range(len(chunks) * chunk_size, num_batches, chunk_size)):
             # Chunks are all of one size, so that one compilation serves them: the last overshoots.
             batch = draw(
-                key, sampler, batch_size, chunk_size, start=start, mesh=mesh, axis_name=axis_name
+                key, sampler, drawn_size, chunk_size, start=start, mesh=mesh, axis_name=axis_name
             )
-            if isinstance(sampler, FullBatch):
-                shared = criterion, *encoders
-                chunks.append(
-                    {
-                        name: over(_full_losses, (*shared, *space, uniform[name]), batch)
-                        for name, space in spaces.items()
-                    }
-                )
-            else:
-                chunks.append(_parts(over, criterion, encoders, spaces, batch))
-            num_negatives = math.prod(batch.negative.shape[1:])
+            chunks.append(_parts(losses, spaces, batch))
+            num_negatives = math.prod(batch.negative.shape[1:]) // pairs
         parts = {
             name: _summarise(tuple(chunk[name] for chunk in chunks), num_batches=num_batches)
             for name in chunks[0]
         }
-        estimate = _combined(parts, num_negatives, is_joint)
+        plain = None
+        if knowns:
+            plain = {name: part[0] for name, part in parts.items()}
+            parts = {name: reduced(*part) for name, part in parts.items()}
+        estimate = _combined(parts, plain, num_negatives, is_joint)
         wanted = num_batches
         if target_stderr_bits is not None:
             wanted = _batches_for(estimate, num_batches, target_stderr_bits, max_batches)
@@ -609,27 +748,47 @@ def _even_chunks(
 
 
 @partial(jax.jit, static_argnames="num_batches")
-def _summarise(chunks: tuple[InfoNCE, ...], *, num_batches: int) -> InfoNCE:
-    """Loss and parts of every batch, the overshoot left out."""
-    return InfoNCE(*(jnp.concatenate(x)[:num_batches] for x in zip(*chunks, strict=True)))
+def _summarise(chunks: tuple[T, ...], *, num_batches: int) -> T:
+    """What is known of every batch, the overshoot left out."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[:num_batches], *chunks)
 
 
 @partial(jax.jit, static_argnames=("num_negatives", "is_joint"))
-def _combined(parts: dict[str, InfoNCE], num_negatives: int, is_joint: bool) -> Estimate:
-    """The estimate of a sum of objectives, or of the mean over sessions, and of each."""
-    each = {name: _estimate(part, num_negatives) for name, part in parts.items()}
+def _combined(
+    parts: dict[str, InfoNCE],
+    plain: dict[str, InfoNCE] | None,
+    num_negatives: int,
+    is_joint: bool,
+) -> Estimate:
+    """The estimate of a sum of objectives, or of the mean over sessions, and of each.
+
+    Args:
+        parts: Losses of every batch, for each objective or session.
+        plain: The same before control variates, where there were any.
+        num_negatives: Negatives in each batch.
+        is_joint: Whether the parts are sessions.
+    """
+    combine = jnp.mean if is_joint else jnp.sum
+
+    def total(parts: dict[str, InfoNCE]) -> InfoNCE:
+        return jax.tree.map(lambda *x: combine(jnp.stack(x), axis=0), *parts.values())
+
+    before = parts if plain is None else plain
+    each = {name: _estimate(part, before[name], num_negatives) for name, part in parts.items()}
     if len(each) == 1 and not is_joint:
         return each.popitem()[1]
-    combine = jnp.mean if is_joint else jnp.sum
-    total = jax.tree.map(lambda *x: combine(jnp.stack(x), axis=0), *parts.values())
-    estimate = _estimate(total, num_negatives)
+    estimate = _estimate(total(parts), total(before), num_negatives)
     return replace(estimate, parts=each, num_objectives=1 if is_joint else len(each))
 
 
-def _estimate(losses: InfoNCE, num_negatives: int) -> Estimate:
+def _estimate(losses: InfoNCE, plain: InfoNCE, num_negatives: int) -> Estimate:
     count = len(losses.loss)
     nothing = jnp.full((), jnp.nan, losses.loss.dtype)
-    spread = jnp.std(losses.loss, ddof=1) if count > 1 else nothing
+    spread, before = (
+        jnp.std(x, ddof=1) if count > 1 else nothing for x in (losses.loss, plain.loss)
+    )
+    is_plain = count == 1 or spread == before
+    gain = jnp.where(is_plain, 1, (before / spread) ** 2)
     return Estimate(
         loss=jnp.mean(losses.loss),
         stderr=spread / math.sqrt(count),
@@ -637,4 +796,5 @@ def _estimate(losses: InfoNCE, num_negatives: int) -> Estimate:
         align=jnp.mean(losses.align),
         uniform=jnp.mean(losses.uniform),
         num_negatives=num_negatives,
+        gain=gain,
     )

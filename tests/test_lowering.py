@@ -18,6 +18,7 @@ from cebra_jax_metrics import (
     Model,
     alignment,
     consistency,
+    control_variates,
     draw,
     estimate_infonce,
     estimation,
@@ -32,6 +33,7 @@ from cebra_jax_metrics import (
 )
 from cebra_jax_metrics.demo import load_demo
 from cebra_jax_metrics.encoders import layers
+from cebra_jax_metrics.infonce import InfoNCE
 from cebra_jax_metrics.model import encode_recording
 
 from .test_estimation import KEY, LABELS, MODEL, SAMPLER, SIZES, X
@@ -53,6 +55,17 @@ MULTISESSION = samplers.Multisession([LABELS, LABELS[:80]])
 JOINT = Model((ENCODER, ENCODER))
 FULL = samplers.FullBatch(samplers.Time(120), 120, ENCODER.offset)
 SOFT = samplers.Soft(samplers.DeltaNormal(LABELS, 0.3), 0.1)
+SOFT_BATCH = samplers.SoftBatch(BATCH.reference, LABELS[BATCH.positive], BATCH.negative)
+BATCHES = (
+    (CRITERION, (ENCODER,), (WINDOWS,), None, BATCH),
+    (CRITERION, (ENCODER,), (WINDOWS,), SOFT, SOFT_BATCH),
+    (CRITERION, JOINT.encoders, (WINDOWS, WINDOWS), None, draw(KEY, MULTISESSION, 16, 2)),
+)
+WEIGHTS = SAMPLER.probabilities(1024)
+MARKS = control_variates.Marks.of(*WEIGHTS, *WEIGHTS, 10**7)
+KNOWN = estimation._known(
+    CRITERION, (ENCODER,), (WINDOWS,), WEIGHTS, (MARKS,), SAMPLER, mesh=None, axis_name=None
+)
 ALL_SAMPLERS = {
     **SAMPLERS,
     "hybrid": samplers.Hybrid(BY_POSITION),
@@ -135,17 +148,38 @@ CALLS = {
             (KEY_DATA, SAMPLER, np.arange(4, dtype=np.uint32)),
         ),
     ],
-    "estimation._losses": [(estimation._losses, (CRITERION, ENCODER, WINDOWS, BATCH))],
-    "estimation._joint_losses": [
+    "estimation._losses": [(estimation._losses, batches) for batches in BATCHES],
+    "estimation._controlled_losses": [
         (
-            estimation._joint_losses,
-            (CRITERION, JOINT.encoders, (WINDOWS, WINDOWS), draw(KEY, MULTISESSION, 16, 2)),
-        ),
+            partial(estimation._controlled_losses, batch_size=8),
+            (*shared, KNOWN * len(shared[1]), batch),
+        )
+        for *shared, batch in BATCHES
     ],
-    "estimation._soft_losses": [
+    "estimation._probabilities": [
+        (partial(estimation._probabilities, sizes=(1024,) * sessions), (sampler,))
+        for sampler, sessions in ((SAMPLER, 1), (ALL_SAMPLERS["discrete"], 1), (MULTISESSION, 2))
+    ],
+    "estimation._known": [
         (
-            lambda *arguments: estimation._soft_losses(*arguments[:4], arguments[4:]),
-            (CRITERION, ENCODER, WINDOWS, SOFT, BATCH.reference, LABELS[BATCH.positive], BATCH[2]),
+            partial(estimation._known, mesh=None, axis_name=None),
+            (CRITERION, (ENCODER,), (WINDOWS,), WEIGHTS, (marks,), SAMPLER),
+        )
+        for marks in (MARKS, MARKS._replace(some=(STEPS[0][0], STEPS[0][0])))
+    ],
+    "control_variates._log_sums": [
+        (control_variates._log_sums, (WINDOWS.rows, jnp.zeros(len(WINDOWS.rows)), WINDOWS.rows)),
+    ],
+    "control_variates.reduced": [
+        (
+            lambda plain, drawn, controls: control_variates.reduced(
+                plain, control_variates.Compared(*drawn, controls)
+            ),
+            (
+                InfoNCE(*jnp.ones((3, 40))),
+                tuple(jnp.ones((5, 40))),
+                jnp.ones((40, 2)),
+            ),
         ),
     ],
     "estimation._uniform_terms": [
@@ -162,7 +196,7 @@ CALLS = {
     ],
     "estimation._combined": [
         (
-            partial(estimation._combined, num_negatives=16, is_joint=is_joint),
+            partial(estimation._combined, plain=None, num_negatives=16, is_joint=is_joint),
             ({"0": evaluate(MODEL, X, BATCH), "1": evaluate(MODEL, X, BATCH)},),
         )
         for is_joint in (False, True)

@@ -53,15 +53,16 @@ def test_everything_public_has_a_docstring():
 
 
 def test_benchmark_table_is_that_of_the_stored_results():
-    from benchmarks import roofline
+    from benchmarks import control_variates, roofline
     from benchmarks.report import RESULTS, stored_tables
 
     def between(text, name):
         return text.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0].strip()
 
     assert between(README, "benchmarks") == stored_tables().strip()
-    page = roofline.page(RESULTS / "roofline.json")
-    assert between(roofline.PAGE.read_text(), "roofline") == page.strip()
+    for part in (roofline, control_variates):
+        page = part.page(RESULTS / f"{part.PAGE.stem}.json")
+        assert between(part.PAGE.read_text(), part.PAGE.stem) == page.strip()
 
 
 def test_demo_output():

@@ -18,7 +18,13 @@ from jax.sharding import Mesh
 
 from cebra_jax_metrics.arrays import as_integer, as_numpy, check_dimensions, check_finite
 from cebra_jax_metrics.checkpoints import import_once, load
-from cebra_jax_metrics.estimation import MAX_BATCHES, Estimate, FeatureRange, estimate_infonce
+from cebra_jax_metrics.estimation import (
+    MAX_BATCHES,
+    Estimate,
+    FeatureRange,
+    Method,
+    estimate_infonce,
+)
 from cebra_jax_metrics.model import Checkpoint, Model, as_recording, select_encoder
 from cebra_jax_metrics.samplers import (
     DeltaNormal,
@@ -72,6 +78,7 @@ def infonce_loss(
     key: Array | None = ...,
     target_stderr_bits: float | None = ...,
     max_batches: int = ...,
+    method: Method = ...,
     return_estimate: Literal[False] = ...,
     mesh: Mesh | None = ...,
     axis_name: str | None = ...,
@@ -88,6 +95,7 @@ def infonce_loss(
     key: Array | None = ...,
     target_stderr_bits: float | None = ...,
     max_batches: int = ...,
+    method: Method = ...,
     return_estimate: Literal[True],
     mesh: Mesh | None = ...,
     axis_name: str | None = ...,
@@ -103,6 +111,7 @@ def infonce_loss(
     key: Array | None = None,
     target_stderr_bits: float | None = None,
     max_batches: int = MAX_BATCHES,
+    method: Method = "plain",
     return_estimate: bool = False,
     mesh: Mesh | None = None,
     axis_name: str | None = None,
@@ -122,6 +131,7 @@ def infonce_loss(
         target_stderr_bits: Go on until the standard error is at most this, in bits
             (:func:`estimate_infonce`).
         max_batches: The most batches to draw for it.
+        method: ``"control_variates"`` for a smaller standard error (:func:`estimate_infonce`).
         return_estimate: Return the :class:`Estimate` with its standard error and its parts.
         mesh: Devices to spread the work over (:func:`estimate_infonce`).
         axis_name: The axis of the mesh, where it has several.
@@ -159,6 +169,7 @@ def infonce_loss(
         key=key,
         target_stderr_bits=target_stderr_bits,
         max_batches=max_batches,
+        method=method,
         mesh=mesh,
         axis_name=axis_name,
         **settings,
@@ -179,6 +190,7 @@ def goodness_of_fit_score(
     key: Array | None = ...,
     target_stderr_bits: float | None = ...,
     max_batches: int = ...,
+    method: Method = ...,
     return_estimate: Literal[False] = ...,
     mesh: Mesh | None = ...,
     axis_name: str | None = ...,
@@ -194,6 +206,7 @@ def goodness_of_fit_score(
     key: Array | None = ...,
     target_stderr_bits: float | None = ...,
     max_batches: int = ...,
+    method: Method = ...,
     return_estimate: Literal[True],
     mesh: Mesh | None = ...,
     axis_name: str | None = ...,
@@ -208,6 +221,7 @@ def goodness_of_fit_score(
     key: Array | None = None,
     target_stderr_bits: float | None = None,
     max_batches: int = MAX_BATCHES,
+    method: Method = "plain",
     return_estimate: bool = False,
     mesh: Mesh | None = None,
     axis_name: str | None = None,
@@ -228,6 +242,7 @@ def goodness_of_fit_score(
         target_stderr_bits: Go on until the standard error is at most this, in bits
             (:func:`estimate_infonce`).
         max_batches: The most batches to draw for it.
+        method: ``"control_variates"`` for a smaller standard error (:func:`estimate_infonce`).
         return_estimate: Return the :class:`Estimate`, whose ``bits`` and ``bits_stderr`` are the
             score and its standard error.
         mesh: Devices to spread the work over (:func:`estimate_infonce`).
@@ -251,6 +266,7 @@ def goodness_of_fit_score(
         key=key,
         target_stderr_bits=target_stderr_bits,
         max_batches=max_batches,
+        method=method,
         mesh=mesh,
         axis_name=axis_name,
         **settings,
@@ -266,6 +282,7 @@ def multisession_infonce_loss(
     key: Array | None = None,
     target_stderr_bits: float | None = None,
     max_batches: int = MAX_BATCHES,
+    method: Method = "plain",
     mesh: Mesh | None = None,
     axis_name: str | None = None,
     **settings: Unpack[Settings],
@@ -284,6 +301,7 @@ def multisession_infonce_loss(
         key: JAX PRNG key; by default always ``jax.random.key(0)``.
         target_stderr_bits: Go on until the standard error is at most this, in bits.
         max_batches: The most batches to draw for it.
+        method: ``"control_variates"`` for a smaller standard error (:func:`estimate_infonce`).
         mesh: Devices to spread the work over (:func:`estimate_infonce`).
         axis_name: The axis of the mesh, where it has several.
         **settings: What to do otherwise than in training, see :func:`infonce_loss`.
@@ -347,6 +365,7 @@ def multisession_infonce_loss(
         key,
         target_stderr_bits=target_stderr_bits,
         max_batches=max_batches,
+        method=method,
         mesh=mesh,
         axis_name=axis_name,
         **_space(settings),
@@ -362,6 +381,7 @@ def score(
     key: Array | None = None,
     target_stderr_bits: float | None = None,
     max_batches: int = MAX_BATCHES,
+    method: Method = "plain",
     chunk_size: int | None = None,
     progress: Any = iter,
     mesh: Mesh | None = None,
@@ -392,6 +412,7 @@ def score(
         session_id=session_id,
         target_stderr_bits=target_stderr_bits,
         max_batches=max_batches,
+        method=method,
         chunk_size=chunk_size,
         progress=progress,
         mesh=mesh,

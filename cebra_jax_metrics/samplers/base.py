@@ -109,6 +109,18 @@ class FromSteps(SampleInTwoSteps):
         """The labels of the time steps that are drawn from."""
         return labels if self.steps is None else labels[self.steps]
 
+    def probabilities(self, num_steps: int) -> tuple[Array]:
+        """How probable every time step is as a reference, or as a negative ``(time,)``."""
+        places = jnp.arange(num_steps if self.steps is None else len(self.steps), dtype=jnp.int32)
+        weights = jnp.broadcast_to(1 / jnp.asarray(self.length).astype(jnp.float32), places.shape)
+        return (self.of_places(weights, num_steps),)
+
+    def of_places(self, weights: Array, num_steps: int) -> Array:
+        """Weights of places, as those of time steps; those of padding are left out."""
+        places = jnp.arange(len(weights), dtype=jnp.int32)
+        weights = jnp.where(places < self.length, weights, 0)
+        return jnp.zeros(num_steps, weights.dtype).at[self.at(places)].add(weights)
+
     @property
     def span(self) -> Any:
         """How long the recording has to be."""

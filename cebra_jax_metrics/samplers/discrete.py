@@ -29,6 +29,21 @@ def sorted_steps(labels: Array, length: ArrayLike) -> tuple[Array, Array]:
     return order, keys[order]
 
 
+def value_range(ordered: Array, length: ArrayLike, wanted: Array) -> tuple[Array, Array]:
+    """Where wanted labels start among ordered ones, and how many there are."""
+    start = jnp.searchsorted(ordered, wanted, side="left").astype(jnp.int32)
+    stop = jnp.searchsorted(ordered, wanted, side="right").astype(jnp.int32)
+    return start, jnp.minimum(stop, length) - start
+
+
+def evenly_by_value(labels: Array, length: ArrayLike) -> Array:
+    """Probabilities of places that :func:`uniform_over_values` draws."""
+    _, count = value_range(sorted_steps(labels, length)[1], length, labels)
+    is_real = jnp.arange(len(labels), dtype=jnp.int32) < length
+    each = jnp.where(is_real, 1 / jnp.maximum(count, 1).astype(jnp.float32), 0)
+    return each / jnp.sum(each)  # of each value they sum to 1
+
+
 def uniform_over_values(
     key: Array, labels: Array, length: ArrayLike, shape: tuple[int, ...]
 ) -> Array:
@@ -50,10 +65,8 @@ def uniform_over_values(
 def matching_step(key: Array, labels: Array, length: ArrayLike, wanted: Array) -> Array:
     """For every wanted label a place that has it, uniform among them."""
     order, values = sorted_steps(labels, length)
-    start = jnp.searchsorted(values, wanted, side="left").astype(jnp.int32)
-    stop = jnp.searchsorted(values, wanted, side="right").astype(jnp.int32)
-    stop = jnp.minimum(stop, length)
-    return order[start + uniform_steps(key, wanted.shape, stop - start)]
+    start, count = value_range(values, length, wanted)
+    return order[start + uniform_steps(key, wanted.shape, count)]
 
 
 @pytree(static=("prior",))
@@ -103,6 +116,25 @@ class Discrete(FromSteps):
             places = uniform_over_values(prior, labels, self.length, (2, batch_size))
         positive = matching_step(conditional, labels, self.length, labels[places[0]])
         return Proposal(*(self.at(place) for place in (*places, positive)))
+
+    def probabilities(self, num_steps: int) -> tuple[Array]:
+        """How probable every time step is as a reference, or as a negative ``(time,)``."""
+        if self.prior == "empirical":
+            return super().probabilities(num_steps)
+        places = evenly_by_value(self.of_steps(self.labels), self.length)
+        return (self.of_places(places, num_steps),)
+
+    def mean_positive(self, values: Array) -> Array:
+        """The mean of values ``(time, features)`` over the positives of every time step."""
+        labels = self.of_steps(self.labels)
+        ordered = sorted_steps(labels, self.length)[1]
+        start, count = value_range(ordered, self.length, labels)
+        places = jnp.arange(len(labels), dtype=jnp.int32)
+        known = values[jnp.minimum(self.at(places), len(values) - 1)]
+        known = jnp.where((places < self.length)[:, None], known, 0)
+        total = jax.ops.segment_sum(known, start, len(labels))[start]
+        mean = total / jnp.maximum(count, 1).astype(values.dtype)[:, None]
+        return jnp.zeros_like(values).at[self.at(places)].set(mean)
 
     def resolve(self, query: Array) -> Array:
         """Return the query: it is the positive."""

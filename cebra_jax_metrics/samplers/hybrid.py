@@ -81,6 +81,15 @@ class Hybrid(SampleInTwoSteps):
             )
         set_fields(self, time_offset=offset)
 
+    @property
+    def objectives(self) -> dict[str, Leaf]:
+        """The samplers of the positives of the two objectives."""
+        return {"behavior": self.behavior, "time": Time(self.behavior.length, self.time_offset)}
+
+    def probabilities(self, num_steps: int) -> tuple[Array]:
+        """How probable every time step is as a reference, or as a negative ``(time,)``."""
+        return Time(self.behavior.length, self.time_offset).probabilities(num_steps)
+
     @jitted
     def propose(self, key: Array, batch_size: int) -> Proposal:
         """Draw references and negatives; the query is that of the behaviour."""

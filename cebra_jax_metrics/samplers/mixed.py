@@ -17,7 +17,7 @@ from cebra_jax_metrics.samplers.base import (
     set_fields,
 )
 from cebra_jax_metrics.samplers.delta import as_time_offset, label_change
-from cebra_jax_metrics.samplers.discrete import uniform_over_values
+from cebra_jax_metrics.samplers.discrete import evenly_by_value, uniform_over_values
 
 
 @pytree()
@@ -78,6 +78,11 @@ class Mixed(FromSteps):
             self.discrete[reference],
         )
         return Proposal(reference, negative, query)
+
+    def probabilities(self, num_steps: int) -> tuple[Array]:
+        """How probable every time step is as a reference, or as a negative ``(time,)``."""
+        places = evenly_by_value(self.of_steps(self.discrete), self.length)
+        return (self.of_places(places, num_steps),)
 
     def resolve(self, query: tuple[Array, Array]) -> Array:
         """Find the time steps of the same discrete label whose continuous labels are nearest."""

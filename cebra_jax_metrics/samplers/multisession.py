@@ -45,6 +45,16 @@ class MultisessionBatch(NamedTuple):
 class _AcrossSessions(SampleInTwoSteps):
     """What samplers of several sessions share."""
 
+    def probabilities(self, *num_steps: int) -> tuple[Array, ...]:
+        """How probable every time step of each session is, as one of its references ``(time,)``."""
+        lengths = map(jnp.asarray, self.lengths)  # type: ignore[attr-defined]
+        return tuple(
+            jnp.where(
+                jnp.arange(steps, dtype=jnp.int32) < length, 1 / length.astype(jnp.float32), 0
+            )
+            for length, steps in zip(lengths, num_steps, strict=True)
+        )
+
     def complete(self, proposal: Proposal) -> MultisessionBatch:
         """Find the positives in the sessions that their queries were dealt to."""
         query, order = proposal.query

@@ -116,6 +116,10 @@ class Soft(SampleInTwoSteps):
         """How long the recording has to be."""
         return self.sampler.span
 
+    def probabilities(self, num_steps: int) -> tuple[Array]:
+        """How probable every time step is as a reference, or as a negative ``(time,)``."""
+        return self.sampler.probabilities(num_steps)
+
     def padded(self) -> "Soft":
         """The same sampler with labels padded to their size class."""
         return replace(self, sampler=self.sampler.padded())

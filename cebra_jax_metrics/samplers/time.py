@@ -72,6 +72,20 @@ class Time(SampleInTwoSteps):
             steps = self.steps[steps]
         return Proposal(steps[0], steps[1], steps[0] + self.time_offset)
 
+    def probabilities(self, num_steps: int) -> tuple[Array]:
+        """How probable every time step is as a reference, or as a negative ``(time,)``."""
+        if self.steps is not None:
+            share = jnp.full(len(self.steps), 1 / len(self.steps), jnp.float32)
+            return (jnp.zeros(num_steps, jnp.float32).at[self.steps].add(share),)
+        number = jnp.asarray(self.length - self.time_offset)
+        is_drawn = jnp.arange(num_steps, dtype=jnp.int32) < number
+        return (jnp.where(is_drawn, 1 / number.astype(jnp.float32), 0),)
+
+    def mean_positive(self, values: Array) -> Array:
+        """The mean of values ``(time, features)`` over the positives of every time step."""
+        steps = jnp.arange(len(values), dtype=jnp.int32) + self.time_offset
+        return values[jnp.minimum(steps, len(values) - 1)]
+
     def query(self, key: Array, reference: Array) -> Array:
         """Positives of given references, which may lie beyond the end; nothing is drawn."""
         return reference + self.time_offset
