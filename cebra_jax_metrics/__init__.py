@@ -35,7 +35,15 @@ from cebra_jax_metrics.metrics import (
 )
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, embed
 from cebra_jax_metrics.nulls import GoodnessOfFitTest, goodness_of_fit_test
-from cebra_jax_metrics.plotting import plot_consistency
+from cebra_jax_metrics.plotting import (
+    compare_models,
+    plot_consistency,
+    plot_distribution,
+    plot_embedding,
+    plot_goodness_of_fit,
+    plot_loss,
+    plot_temperature,
+)
 from cebra_jax_metrics.sharding import spread
 from cebra_jax_metrics.training import TrainingError, TrainingState, fit
 from cebra_jax_metrics.uncertainty import (
@@ -61,7 +69,14 @@ __all__ = [  # noqa: RUF022 (grouped as in README)
     "Consistency",
     "consistency_score",
     "align_embeddings",
+    # pictures
     "plot_consistency",
+    "plot_loss",
+    "plot_temperature",
+    "plot_goodness_of_fit",
+    "plot_embedding",
+    "compare_models",
+    "plot_distribution",
     # arrays and pytrees
     "InfoNCE",
     "infonce",

@@ -1,15 +1,21 @@
 """Pictures. matplotlib (``pip install 'cebra-jax-metrics[plot]'``) is imported when drawing."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cebra_jax_metrics.arrays import as_numpy
-from cebra_jax_metrics.metrics import Consistency
+from cebra_jax_metrics.estimation import Estimate
+from cebra_jax_metrics.metrics import Consistency, goodness_of_fit_history
+from cebra_jax_metrics.metrics.scores import as_checkpoint
+from cebra_jax_metrics.nulls import GoodnessOfFitTest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LOSS, BITS = "InfoNCE (nats)", "Goodness of fit (bits)"
+CHANCE = "grey"
 BOUNDS = {"vmin": 0, "vmax": 100}
 DARK, LIGHT = "black", 0.5  # text on cells that are lighter than this
 FONT_SIZE, SMALLEST, MOST_LETTERS = 10.0, 4.0, 50  # in points; of names side by side
@@ -62,7 +68,7 @@ def plot_consistency(
         )
     percent = 100 * _square(as_numpy(scores), pairs, datasets)
     if ax is None:
-        ax = _new_axes(figsize, dpi)
+        ax = _new_axes("plot_consistency", figsize, dpi)
     image = ax.imshow(percent, cmap=cmap, **({} if "norm" in kwargs else BOUNDS) | kwargs)
     names = [str(name).replace("$", r"\$") for name in datasets]
     cell = 72 * ax.get_window_extent().width / ax.figure.dpi / len(names)  # in points
@@ -90,14 +96,393 @@ def plot_consistency(
     return ax
 
 
-def _new_axes(figsize: tuple[float, float], dpi: float) -> "Axes":
+def plot_loss(
+    model: Any,
+    label: str | float | None = None,
+    ax: "Axes | None" = None,
+    color: str = "magenta",
+    linewidth: float = 1,
+    x_label: bool = True,
+    y_label: bool = True,
+    figsize: tuple[float, float] = (7, 4),
+    dpi: float = 100,
+    **kwargs: Any,
+) -> "Axes":
+    """The InfoNCE loss at every training step, in nats.
+
+    Args:
+        model: A :class:`Checkpoint`, the path of one, or a fitted ``cebra.CEBRA``.
+        label: Name of the line in a legend.
+        ax: Where to draw; a new figure by default.
+        color: Colour of the line.
+        linewidth: Its width in points.
+        x_label: Whether to label the horizontal axis.
+        y_label: Whether to label the vertical axis.
+        figsize: Width and height of a new figure in inches.
+        dpi: Resolution of a new figure.
+        **kwargs: Further arguments of ``matplotlib.axes.Axes.plot``.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: The model holds no history.
+        ImportError: matplotlib is not installed.
+
+    Source: CEBRA 0.6.1 ``cebra.plot_loss``.
+    """
+    style = {"color": color, "linewidth": linewidth, **kwargs}
+    ax = _new_axes("plot_loss", figsize, dpi) if ax is None else ax
+    return _history(ax, _recorded(model, "total"), LOSS, label, (x_label, y_label), style)
+
+
+def plot_temperature(
+    model: Any,
+    ax: "Axes | None" = None,
+    color: str = "dodgerblue",
+    linewidth: float = 1,
+    x_label: bool = True,
+    y_label: bool = True,
+    figsize: tuple[float, float] = (7, 4),
+    dpi: float = 100,
+    **kwargs: Any,
+) -> "Axes":
+    """The temperature at every training step; a level line unless it was learned.
+
+    Args:
+        model: A :class:`Checkpoint`, the path of one, or a fitted ``cebra.CEBRA``.
+        ax: Where to draw; a new figure by default.
+        color: Colour of the line.
+        linewidth: Its width in points.
+        x_label: Whether to label the horizontal axis.
+        y_label: Whether to label the vertical axis.
+        figsize: Width and height of a new figure in inches.
+        dpi: Resolution of a new figure.
+        **kwargs: Further arguments of ``matplotlib.axes.Axes.plot``.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: The model holds no history.
+        ImportError: matplotlib is not installed.
+
+    Source: CEBRA 0.6.1 ``cebra.plot_temperature``.
+    """
+    style = {"color": color, "linewidth": linewidth, **kwargs}
+    ax = _new_axes("plot_temperature", figsize, dpi) if ax is None else ax
+    values = _recorded(model, "temperature")
+    return _history(ax, values, "Temperature", None, (x_label, y_label), style)
+
+
+def plot_goodness_of_fit(
+    model: Any,
+    label: str | float | None = None,
+    ax: "Axes | None" = None,
+    color: str = "black",
+    linewidth: float = 1,
+    x_label: bool = True,
+    y_label: bool = True,
+    figsize: tuple[float, float] = (7, 4),
+    dpi: float = 100,
+    **kwargs: Any,
+) -> "Axes":
+    """The goodness of fit at every training step, in bits, and the line of chance.
+
+    Args:
+        model: A :class:`Checkpoint`, the path of one, or a fitted ``cebra.CEBRA``.
+        label: Name of the line in a legend.
+        ax: Where to draw; a new figure by default.
+        color: Colour of the line.
+        linewidth: Its width in points.
+        x_label: Whether to label the horizontal axis.
+        y_label: Whether to label the vertical axis.
+        figsize: Width and height of a new figure in inches.
+        dpi: Resolution of a new figure.
+        **kwargs: Further arguments of ``matplotlib.axes.Axes.plot``.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: The model holds no history, or was trained without a batch size.
+        ImportError: matplotlib is not installed.
+
+    Source: :func:`goodness_of_fit_history`.
+    """
+    style = {"color": color, "linewidth": linewidth, **kwargs}
+    ax = _new_axes("plot_goodness_of_fit", figsize, dpi) if ax is None else ax
+    _history(ax, goodness_of_fit_history(model), BITS, label, (x_label, y_label), style)
+    ax.axhline(0, color=CHANCE, linestyle="--", linewidth=1)
+    ax.annotate(
+        "chance",
+        xy=(1, 0),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        ha="right",
+        color=CHANCE,
+    )
+    return ax
+
+
+def compare_models(
+    models: Sequence[Any],
+    labels: Sequence[str] | None = None,
+    ax: "Axes | None" = None,
+    color: str | None = None,
+    cmap: str = "viridis",
+    linewidth: float = 1,
+    x_label: bool = True,
+    y_label: bool = True,
+    figsize: tuple[float, float] = (7, 4),
+    dpi: float = 100,
+    **kwargs: Any,
+) -> "Axes":
+    """The losses of several models at every training step, in nats.
+
+    Args:
+        models: Each a :class:`Checkpoint`, the path of one, or a fitted ``cebra.CEBRA``.
+        labels: Their names in the legend; without any there is none.
+        ax: Where to draw; a new figure by default.
+        color: One colour for all.
+        cmap: Colour map that the colours are taken from otherwise.
+        linewidth: Width of the lines in points.
+        x_label: Whether to label the horizontal axis.
+        y_label: Whether to label the vertical axis.
+        figsize: Width and height of a new figure in inches.
+        dpi: Resolution of a new figure.
+        **kwargs: Further arguments of ``matplotlib.axes.Axes.plot``.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: There are no models, not as many labels, or a model holds no history.
+        ImportError: matplotlib is not installed.
+
+    Source: CEBRA 0.6.1 ``cebra.compare_models``.
+    """
+    if not isinstance(models, Sequence) or isinstance(models, str) or not len(models):
+        raise ValueError(f"Invalid list of models, expected at least one, got {models!r}.")
+    if labels is not None and len(labels) != len(models):
+        raise ValueError(
+            f"Invalid labels, expected one for each of {len(models)} models, got {len(labels)}."
+        )
+    losses = [_recorded(model, "total") for model in models]
+    ax = _new_axes("compare_models", figsize, dpi) if ax is None else ax
+    from matplotlib import colormaps
+
+    # The light end of a map is hardly seen on white.
+    colors = [color] * len(models) if color else colormaps[cmap](np.linspace(0, 0.85, len(models)))
+    names: Sequence[str | None] = labels or [None] * len(models)
+    for loss, name, one in zip(losses, names, colors, strict=True):
+        style = {"color": one, "linewidth": linewidth, **kwargs}
+        _history(ax, loss, LOSS, name, (x_label, y_label), style)
+    return ax
+
+
+def plot_embedding(
+    embedding: Any,
+    embedding_labels: Any = "grey",
+    ax: "Axes | None" = None,
+    idx_order: Sequence[int] | None = None,
+    markersize: float = 1,
+    alpha: float = 0.4,
+    cmap: str = "cool",
+    title: str | None = "Embedding",
+    figsize: tuple[float, float] = (5, 5),
+    dpi: float = 100,
+    *,
+    colorbar_label: str | None = None,
+    **kwargs: Any,
+) -> "Axes":
+    """An embedding in two or three dimensions, coloured by a label.
+
+    Args:
+        embedding: ``(time, features)``.
+        embedding_labels: A colour, ``"time"`` for the time step, or numbers ``(time,)``.
+        ax: Where to draw; a new figure by default. Three dimensions take axes of
+            ``projection="3d"``.
+        idx_order: Two or three features to draw; by default the first three, or both of two.
+        markersize: Area of the points, in points squared.
+        alpha: Their opacity.
+        cmap: Colour map of labels.
+        title: Title of the plot.
+        figsize: Width and height of a new figure in inches.
+        dpi: Resolution of a new figure.
+        colorbar_label: Draw a bar of the label's colours, and call it so.
+        **kwargs: Further arguments of ``matplotlib.axes.Axes.scatter``.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ValueError: The embedding has fewer than two features; ``idx_order`` names others than two
+            or three of them; labels are no colour and not one number for each time step; or
+            ``ax`` has not as many dimensions.
+        ImportError: matplotlib is not installed.
+
+    Source: CEBRA 0.6.1 ``cebra.plot_embedding``.
+    """
+    embedding = as_numpy(embedding)
+    if embedding.ndim != 2 or embedding.shape[1] < 2:
+        raise ValueError(
+            "Invalid embedding dimension, expects (time, features) of at least 2 features, got "
+            f"{embedding.shape}."
+        )
+    width = embedding.shape[1]
+    order = list(range(min(width, 3))) if idx_order is None else list(idx_order)
+    if len(order) not in (2, 3) or not all(i in range(width) for i in order):
+        raise ValueError(
+            f"Invalid idx_order, expects 2 or 3 of the features 0 to {width - 1}, got {idx_order}."
+        )
+    is_solid = len(order) == 3
+    colors = _colors(embedding_labels, len(embedding))
+    if ax is None:
+        ax = _new_axes("plot_embedding", figsize, dpi, "3d" if is_solid else None)
+    elif is_solid != (ax.name == "3d"):
+        raise ValueError(
+            f"{len(order)} features take axes of {len(order)} dimensions: make them with "
+            f"projection={'3d' if is_solid else None!r}, or choose features (idx_order)."
+        )
+    if not isinstance(colors, str):
+        kwargs = {"cmap": cmap, **kwargs}
+    points = ax.scatter(
+        *embedding[:, order].T,
+        c=colors,
+        s=markersize,  # type: ignore[misc]  # the third argument of 3-D axes is an array
+        alpha=alpha,
+        **kwargs,
+    )
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_aspect("equal")
+    for axis, feature in zip("xyz", order, strict=False):
+        getattr(ax, f"set_{axis}label")(f"feature {feature}")
+        getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator(5))
+    if title is not None:
+        ax.set_title(title)
+    if colorbar_label is not None and not isinstance(colors, str):
+        pad = 0.12 if is_solid else 0.04
+        bar = ax.figure.colorbar(points, ax=ax, label=colorbar_label, fraction=0.046, pad=pad)
+        bar.solids.set(alpha=1)  # type: ignore[union-attr]
+    return ax
+
+
+def plot_distribution(
+    result: Any,
+    ax: "Axes | None" = None,
+    bins: int | str = "auto",
+    color: str = "lightgrey",
+    figsize: tuple[float, float] = (7, 4),
+    dpi: float = 100,
+    **kwargs: Any,
+) -> "Axes":
+    """What a score was made of: the batches of an estimate, or a score against its null.
+
+    Args:
+        result: An :class:`Estimate`, of which the goodness of fit of every batch is drawn, with
+            its mean and the standard error of that; or a :class:`GoodnessOfFitTest`, of which the
+            null is drawn, with the observed score.
+        ax: Where to draw; a new figure by default.
+        bins: Of the histogram, as ``matplotlib.axes.Axes.hist`` takes them.
+        color: Colour of the histogram.
+        figsize: Width and height of a new figure in inches.
+        dpi: Resolution of a new figure.
+        **kwargs: Further arguments of ``matplotlib.axes.Axes.hist``.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        TypeError: The result is of another kind.
+        ImportError: matplotlib is not installed.
+    """
+    if isinstance(result, Estimate):
+        values, line = np.asarray(result.per_batch_bits), float(result.bits)
+        name, of_what = f"mean {line:.4f} ± {float(result.bits_stderr):.4f} bits", "batches"
+    elif isinstance(result, GoodnessOfFitTest):
+        values, line = np.asarray(result.null), result.observed
+        name, of_what = f"observed {line:.4f} bits, p = {result.p_value:.3g}", "null samples"
+    else:
+        raise TypeError(
+            f"Expected an Estimate or a GoodnessOfFitTest, got {type(result).__name__}."
+        )
+    ax = _new_axes("plot_distribution", figsize, dpi) if ax is None else ax
+    counts, _, _ = ax.hist(values, bins=bins, **{"color": color, "edgecolor": "white", **kwargs})
+    ax.axvline(line, ymax=0.8, color="black", linewidth=1.5, label=name)
+    ax.set_ylim(0, 1.25 * np.max(counts))  # the legend stands above the line
+    ax.legend(loc="upper left", frameon=False)
+    ax.set_xlabel(BITS)
+    ax.set_ylabel(f"{of_what} ({len(values)} in all)")
+    _without_frame(ax)
+    return ax
+
+
+def _recorded(model: Any, name: str) -> np.ndarray:
+    """What the history of a model holds, at every step."""
+    history = as_checkpoint(model).history
+    if not len(history.get(name, ())):
+        raise ValueError(
+            f"The checkpoint holds no training history of {name!r}, only of {sorted(history)}."
+        )
+    return np.asarray(history[name])
+
+
+def _history(
+    ax: "Axes",
+    values: np.ndarray,
+    what: str,
+    label: str | float | None,
+    is_labelled: tuple[bool, bool],
+    style: dict[str, Any],
+) -> "Axes":
+    """A line over training steps, which are counted from 1."""
+    ax.plot(np.arange(1, len(values) + 1), values, label=label, **style)
+    if label is not None:
+        ax.legend(frameon=False)
+    if is_labelled[0]:
+        ax.set_xlabel("Training step")
+    if is_labelled[1]:
+        ax.set_ylabel(what)
+    _without_frame(ax)
+    return ax
+
+
+def _colors(labels: Any, length: int) -> Any:
+    """One colour, or a number for each time step."""
+    from matplotlib.colors import is_color_like
+
+    if isinstance(labels, str) and labels == "time":
+        return np.arange(length)
+    if isinstance(labels, str) and is_color_like(labels):
+        return labels
+    numbers = None if isinstance(labels, str) else as_numpy(labels)
+    if numbers is not None and numbers.size == length and numbers.dtype.kind in "biuf":
+        return numbers.reshape(length)
+    got = repr(labels) if numbers is None else f"{numbers.dtype} of shape {numbers.shape}"
+    raise ValueError(
+        "Invalid embedding labels: expected a colour, 'time', or one number for each of "
+        f"{length} time steps, got {got}."
+    )
+
+
+def _without_frame(ax: "Axes") -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _new_axes(
+    function: str, figsize: tuple[float, float], dpi: float, projection: str | None = None
+) -> "Axes":
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            "plot_consistency needs matplotlib: pip install 'cebra-jax-metrics[plot]'."
+            f"{function} needs matplotlib: pip install 'cebra-jax-metrics[plot]'."
         ) from error
-    return plt.subplots(figsize=figsize, dpi=dpi, layout="constrained")[1]
+    figure = plt.figure(figsize=figsize, dpi=dpi, layout="constrained")
+    return figure.add_subplot(projection=projection)
 
 
 def _square(scores: np.ndarray, pairs: Any, ids: Any) -> np.ndarray:

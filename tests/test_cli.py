@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -15,6 +18,7 @@ import pytest
 from tqdm import tqdm
 
 import cebra_jax_metrics as cjm
+from cebra_jax_metrics.cli.parser import make_parser
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDING = GOLDEN / "recording.npz"
@@ -37,6 +41,10 @@ KEYS = {
     "num_steps",
     "session",
     "seed",
+    "model",
+    "data",
+    "method",
+    "gain",
 }
 
 
@@ -105,6 +113,7 @@ def test_score(score, recording, name, labels):
         "num_steps": 120,
         "session": None,
         "seed": 0,
+        "gain": 1,
     }
     for key, value in expected.items():
         assert result[key] == (value if value is None else pytest.approx(float(value), abs=2e-5))
@@ -135,7 +144,7 @@ def test_score_of_a_session(score, recording, session, num_steps):
 def test_rows(score, save_npz, recording, rows, kept):
     result = score(FAST, RECORDING, *FEW, *rows)
     cut = save_npz(X=recording["X"][kept], place=recording["position"][kept])
-    assert score(FAST, cut, *FEW, "--labels", "place") == result
+    assert score(FAST, cut, *FEW, "--labels", "place") == {**result, "data": str(cut)}
     assert result["num_steps"] == len(recording["X"][kept])
 
 
@@ -201,7 +210,7 @@ def test_arrays_that_do_not_fit_are_left_alone(score, save_npz, more):
 
 def test_named_arrays_among_several(score, save_npz, recording):
     twice = save_npz(Y=recording["X"], place=recording["position"])
-    expected = score(FAST, RECORDING, *FEW)
+    expected = {**score(FAST, RECORDING, *FEW), "data": str(twice)}
     assert score(FAST, twice, *FEW, "--data", "Y", "--labels", "place") == expected
 
 
@@ -265,7 +274,7 @@ def test_convert(run, tmp_path, name):
     code, out, err = run("convert", source, target)
     assert (code, err) == (0, "")
     assert str(target) in out
-    before, after = (run("score", model, RECORDING, *FEW, "--json") for model in (source, target))
+    before, after = (run("score", model, RECORDING, *FEW) for model in (source, target))
     assert before == after
     assert before[0] == 0
 
@@ -316,6 +325,11 @@ def files(tmp_path_factory, recording):
         np.savez(folder / f"{name}.npz", **arrays)
     np.save(folder / "array.npy", X)
     (folder / "text.txt").write_text("text")
+    (folder / "text.npy").write_text("text")
+    (folder / "text.csv").write_text("1,2,3,4,5,6,7\n1,2,3,4,5,6,much\n")
+    (folder / "ragged.csv").write_text("1,2\n1\n")
+    (folder / "twice.csv").write_text("a,a\n1,2\n")
+    (folder / "empty.csv").touch()
     (folder / "empty").touch()
     whole = RECORDING.read_bytes()
     (folder / "truncated.npz").write_bytes(whole[: len(whole) // 2])
@@ -341,7 +355,38 @@ MISTAKES = {
     "data is a folder": ("score SINGLE .", "directory"),
     "data is text": ("score SINGLE text.txt", "text.txt.*npz"),
     "data is empty": ("score SINGLE empty", "empty.*npz"),
-    "data is one array": ("score SINGLE array.npy", "array.npy.*npz"),
+    "data is one array": ("score SINGLE array.npy", "--labels; the file has array float32"),
+    "text for an array": ("score SINGLE text.npy --labels", "text.npy.*numpy.save"),
+    "text in a table": ("score SINGLE text.csv --labels", "'much'.*column 7"),
+    "lines of different lengths": ("score SINGLE ragged.csv --labels", "equally many"),
+    "a table twice the same name": ("score SINGLE twice.csv --labels", "names that differ"),
+    "an empty table": ("score SINGLE empty.csv --labels", "empty.csv"),
+    "no recordings": ("score SINGLE SINGLE SINGLE", "MODEL.*DATA"),
+    "no models": ("score RECORDING RECORDING RECORDING", "MODEL.*DATA"),
+    "recordings first": ("score RECORDING SINGLE SINGLE", "MODEL.*DATA"),
+    "one file": ("score SINGLE", "MODEL.*DATA"),
+    "one of several does not fit": (
+        "score SINGLE FAST RECORDING array.npy --num-batches 3 --labels position",
+        "on array.npy: .*position",
+    ),
+    "unknown method": ("score SINGLE RECORDING --method x", "--method.*'x'"),
+    "plot into a missing folder": ("score SINGLE RECORDING --plot no/out.png", "folder 'no'"),
+    "test on fitted rows": ("test SINGLE RECORDING", "--held-out"),
+    "test of a recording": ("test RECORDING RECORDING --held-out :", "recording.npz"),
+    "test without labels": ("test TIME RECORDING --held-out :", "no labels to shift|Time"),
+    "refit for how long": ("test SINGLE RECORDING --method refit", "--num-steps"),
+    "shift with steps": ("test SINGLE RECORDING --held-out : --num-steps 3", "--num-steps"),
+    "fit on nothing": ("fit absent.npz out", "absent.npz"),
+    "fit on several arrays": ("fit RECORDING out", "more than one.*--data"),
+    "fit of an unknown kind": (
+        "fit RECORDING out --data X --architecture x --num-steps 3 --batch-size 8",
+        "'x'",
+    ),
+    "fit without delta": (
+        "fit RECORDING out --data X --labels position --conditional delta_normal --num-steps 3",
+        "delta",
+    ),
+    "fit into a missing folder": ("fit RECORDING no/out --data X", "folder 'no'"),
     "data is a model": ("score SINGLE SINGLE", "npz"),
     "data is truncated": ("score SINGLE truncated.npz", "truncated.npz"),
     "data is damaged": ("score SINGLE damaged.npz", "damaged.npz"),
@@ -400,7 +445,7 @@ def test_mistakes(run, files, monkeypatch, mistake):
     monkeypatch.chdir(files)
     before = sorted(files.iterdir())
     line, message = MISTAKES[mistake]
-    known = {"RECORDING": RECORDING, "SINGLE": SINGLE, "MULTI": MULTI}
+    known = {"RECORDING": RECORDING, "SINGLE": SINGLE, "MULTI": MULTI, "FAST": FAST, "TIME": TIME}
     code, out, err = run(*(known.get(word, word) for word in line.split()))
     assert (code, out) == (2, "")
     assert re.search(f"error: .*({message})", err), err
@@ -505,3 +550,200 @@ def test_pickled_objects_in_the_file_are_left_alone(score, save_npz):
     plain = score(FAST, save_npz(), *FEW, "--labels", "position")
     path = save_npz(notes=np.array([{"rat": "simulated"}], dtype=object))
     assert score(FAST, path, *FEW, "--labels", "position") == plain
+
+
+# Several models and recordings, other kinds of files
+
+
+def test_several_models_and_recordings(run, score, save_npz, recording):
+    other = save_npz(X=recording["X"][:100], position=recording["position"][:100])
+    command = "score", FAST, SINGLE, RECORDING, other, *FEW, "--labels", "position"
+    code, out, err = run(*command, "--json")
+    assert (code, err, len(out.splitlines())) == (0, "", 1)
+    result = json.loads(out)
+    assert result.keys() == {"schema_version", "scores"}
+    pairs = [(model, data) for data in (RECORDING, other) for model in (FAST, SINGLE)]
+    assert [(r["model"], r["data"]) for r in result["scores"]] == [
+        (str(model), str(data)) for model, data in pairs
+    ]
+    alone = [score(*pair, *FEW, "--labels", "position") for pair in pairs]
+    assert result["scores"] == alone
+    head, *lines = run(*command)[1].splitlines()
+    assert head.split() == ["model", "recording", "bits", "±", "nats", "steps"]
+    assert len({len(line) for line in [head, *lines]}) == 1
+    assert [line.split()[2] for line in lines] == [
+        f"{r['goodness_of_fit_bits']:.4f}" for r in alone
+    ]
+
+
+def test_arrays_of_one_file_each_and_tables(score, tmp_path, recording):
+    expected = score(FAST, RECORDING, *FEW, "--labels", "position")
+    X, position = recording["X"], recording["position"]
+    np.save(tmp_path / "spikes.npy", X)
+    np.save(tmp_path / "place.npy", position)
+    table = np.concatenate([position, X], axis=1)
+    names = ",".join(["x", "y", *(f"cell {i}" for i in range(X.shape[1]))])
+    for name, header in (("bare", ""), ("named", names)):
+        np.savetxt(tmp_path / f"{name}.csv", table, delimiter=",", header=header, comments="")
+    np.savetxt(tmp_path / "only.csv", X, delimiter=",", fmt="%.9g")
+    np.savetxt(tmp_path / "place.csv", position, delimiter=",", fmt="%.9g")
+    for data, labels in (
+        ("spikes.npy", tmp_path / "place.npy"),
+        ("spikes.npy", tmp_path / "place.csv"),
+        ("only.csv", tmp_path / "place.npy"),
+        ("named.csv", "x,y"),
+    ):
+        found = score(FAST, tmp_path / data, *FEW, "--labels", labels)
+        assert found.pop("data") == str(tmp_path / data)
+        for key, value in found.items():
+            assert value == pytest.approx(expected[key], abs=1e-5)
+
+
+def test_discrete_labels_of_a_table(score, tmp_path, recording):
+    X, direction = recording["X"], recording["direction"]
+    lines = [",".join(["direction", *(f"c{i}" for i in range(X.shape[1]))])]
+    lines += [f"{d},{','.join(map(str, x))}" for d, x in zip(direction, X, strict=True)]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    model = GOLDEN / "discrete.pt"
+    found = score(model, tmp_path / "table.csv", *FEW, "--labels", "direction")
+    expected = score(model, RECORDING, *FEW)
+    assert found["infonce_nats"] == pytest.approx(expected["infonce_nats"], abs=1e-5)
+
+
+# test, fit, plots, and the program
+
+
+def test_null(run, tmp_path):
+    command = "test", SINGLE, RECORDING, "--held-out", ":", "--num-batches", 3, "--num-samples", 19
+    code, out, err = run(*command, "--json", "--plot", tmp_path / "null.png")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert result["num_samples"] == 19
+    assert 0.05 <= result["p_value"] <= 1
+    effect = result["goodness_of_fit_bits"] - result["null_mean_bits"]
+    assert result["effect_bits"] == pytest.approx(effect)
+    assert (tmp_path / "null.png").read_bytes().startswith(b"\x89PNG")
+    text = run(*command)[1].splitlines()
+    assert text[0] == f"goodness of fit  {result['goodness_of_fit_bits']:.4f} bits"
+    assert text[-1] == f"p                {result['p_value']:.4g}"
+
+
+def test_null_of_refits(run):
+    options = "--method", "refit", "--num-steps", 2, "--num-samples", 3, "--num-batches", 2
+    code, out, err = run("test", FAST, RECORDING, *options, "--labels", "position", "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert (result["method"], result["num_samples"]) == ("refit", 3)
+
+
+@pytest.mark.parametrize("labels", [[], ["--labels", "position"]])
+def test_fit(run, tmp_path, labels):
+    target, plot = tmp_path / "model.safetensors", tmp_path / "history.png"
+    options = "--architecture", "offset1-model", "--batch-size", 16, "--num-steps", 5
+    command = "fit", RECORDING, target, "--data", "X", *labels, *options, "--plot", plot
+    code, out, err = run(*command, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    checkpoint = cjm.load(target)
+    assert checkpoint.history["total"].shape == (5,)
+    bits = cjm.goodness_of_fit_history(checkpoint)
+    assert result["last_goodness_of_fit_bits"] == pytest.approx(bits[-1], abs=1e-5)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert run("score", target, RECORDING, *FEW, "--data", "X", "--labels", *labels[1:])[0] == 0
+    assert str(target) in run(*command)[1]
+
+
+def test_plots_of_scores_and_histories(run, tmp_path):
+    for command in (
+        ("score", FAST, RECORDING, "--num-batches", 20, "--labels", "position"),
+        ("score", FAST, SINGLE, RECORDING, "--num-batches", 20, "--labels", "position"),
+        ("info", SINGLE),
+    ):
+        plot = tmp_path / f"{len(command)}.png"
+        code, _, err = run(*command, "--plot", plot)
+        assert (code, err) == (0, "")
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_without_matplotlib_fail_before_the_work(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run("score", FAST, RECORDING, "--plot", "x.png")
+    assert (code, out) == (2, "")
+    assert "cebra-jax-metrics[plot]" in err
+
+
+def test_documented_fields(run, tmp_path):
+    """The page names what is printed, and nothing else."""
+    page = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
+
+    def documented(name):
+        table = page.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0]
+        cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")]
+        return set(re.findall(r"`(\w+)`", " ".join(cells[1:])))
+
+    assert documented("score") == KEYS | {"parts"}
+    command = "test", SINGLE, RECORDING, "--held-out", ":", "--num-batches", 2, "--num-samples", 3
+    assert documented("test") == json.loads(run(*command, "--json")[1]).keys()
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(50, 2)))
+    command = "consistency", tmp_path / "a.npy", tmp_path / "a.npy", "--between", "runs", "--test"
+    result = json.loads(run(*command, "--json")[1])
+    assert documented("consistency") == result.keys() | result["test"].keys() | {
+        field for part in result["test"].values() for field in part
+    }
+    command = "fit", RECORDING, tmp_path / "out", "--data", "X", "--num-steps", 2
+    options = "--architecture", "offset1-model", "--batch-size", 8, "--json"
+    assert documented("fit") == json.loads(run(*command, *options)[1]).keys()
+
+
+def test_version(run):
+    code, out, err = run("--version")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"cebra-jax-metrics \S+ \(jax \S+, numpy \S+\)\n", out)
+
+
+COMMANDS = ("score", "test", "consistency", "fit", "info", "convert", "demo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_commands(run, command):
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert "exit codes: 0; 2" in out
+    examples = [line for line in out.splitlines() if line.startswith("  cebra-jax-metrics ")]
+    assert examples or command == "demo"
+    for example in examples:  # they parse
+        words = example.replace("*", "1").split()[1:]
+        assert make_parser().parse_args(words).run.__name__ == command
+
+
+def test_warnings_are_one_line_each(run, monkeypatch):
+    def warns(arguments):
+        warnings.warn("first line\nsecond", stacklevel=1)
+        return "done"
+
+    monkeypatch.setattr("cebra_jax_metrics.cli.commands.demo", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = run("demo")
+    assert result == (0, "done\n", "cebra-jax-metrics: warning: first line second\n")
+
+
+def test_interrupted(run, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cebra_jax_metrics.cli.commands.demo", interrupt)
+    assert run("demo") == (130, "", "")
+
+
+def test_interrupted_as_a_program():
+    """Ctrl-C while it works: no traceback, and the exit code of shells."""
+    command = [sys.executable, "-m", "cebra_jax_metrics", "score", FAST, RECORDING]
+    command += ["--labels", "position", "--num-batches", "100000000"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(8)  # it would work for hours
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
