@@ -28,7 +28,8 @@ def test_drop_in_example_runs(recording, capsys):
 
 
 def test_mesh_example_runs(recording):
-    example = README.split("<!-- mesh example -->\n```python\n")[1].split("```")[0]
+    page = (ROOT / "docs" / "many_devices.md").read_text()
+    example = page.split("<!-- mesh example -->\n```python\n")[1].split("```")[0]
     model = ROOT / "tests" / "golden" / "offset10-model.pt"
     names = {"cebra_model": model, "X": recording["X"], "labels": recording["position"]}
     exec(example, names)
@@ -39,7 +40,8 @@ def test_mesh_example_runs(recording):
 
 
 def test_fit_example_runs(recording):
-    example = README.split("<!-- fit example -->\n```python\n")[1].split("```")[0]
+    page = (ROOT / "docs" / "guide.md").read_text()
+    example = page.split("<!-- fit example -->\n```python\n")[1].split("```")[0]
     names = {"X": recording["X"], "labels": recording["position"]}
     exec(example, names)
     assert names["checkpoint"].history["total"].shape == (50,)
@@ -54,12 +56,13 @@ def test_everything_public_has_a_docstring():
 
 def test_benchmark_table_is_that_of_the_stored_results():
     from benchmarks import control_variates, roofline
-    from benchmarks.report import RESULTS, stored_tables
+    from benchmarks.report import PAGE, RESULTS, speed_table, stored_tables
 
     def between(text, name):
         return text.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0].strip()
 
-    assert between(README, "benchmarks") == stored_tables().strip()
+    assert between(README, "speed") == speed_table()
+    assert between(PAGE.read_text(), "benchmarks") == stored_tables().strip()
     for part in (roofline, control_variates):
         page = part.page(RESULTS / f"{part.PAGE.stem}.json")
         assert between(part.PAGE.read_text(), part.PAGE.stem) == page.strip()

@@ -11,7 +11,7 @@ import jax
 
 from cebra_jax_metrics.cli.parser import PROGRAM, make_parser
 
-OK, MISTAKE, INTERRUPTED = 0, 2, 130  # as README says
+OK, MISTAKE, INTERRUPTED = 0, 2, 130  # as docs/command_line.md says
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from cebra_jax_metrics.encoders import get_architecture
 
 from . import peer
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "from_cebra.md").read_text()
 FIRST = peer.simulate(1, num_steps=400, num_neurons=6)
 SECOND = peer.simulate(2, num_steps=350, num_neurons=4)
 TRAINED = {"max_iterations": 40, "learning_rate": 3e-3, "batch_size": 64}
@@ -153,19 +153,19 @@ def test_signatures(name):
 
 
 def table(mark):
-    """The names in the first column of a table of README, and what the second says of them."""
-    section = README.split(f"<!-- {mark}: begin -->")[1].split(f"<!-- {mark}: end -->")[0]
+    """The names in the first column of a table of the page, and what the second says of them."""
+    section = PAGE.split(f"<!-- {mark}: begin -->")[1].split(f"<!-- {mark}: end -->")[0]
     rows = [line.split("|") for line in section.strip().splitlines()[2:]]
     return {name: row[2].strip() for row in rows for name in re.findall(r"`([^`]+)`", row[1])}
 
 
-def test_every_setting_is_in_readme():
+def test_every_setting_is_documented():
     parameters = set(inspect.signature(cebra.CEBRA.__init__).parameters) - {"self"}
     assert set(table("settings")) == parameters
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_architecture_is_in_readme():
+def test_every_architecture_is_documented():
     entries = table("architectures")
     patterns = {re.escape(name).replace(r"\{n\}", r"\d+"): said for name, said in entries.items()}
     found = set()
