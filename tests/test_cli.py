@@ -194,6 +194,11 @@ def test_score_as_text(run, score):
     assert f"goodness of fit  {result['goodness_of_fit_bits']:.4f} ± " in out
     assert f"InfoNCE          {result['infonce_nats']:.4f} ± " in out
     assert "3 batches of 16 on 120 time steps" in out
+    assert "plain batches" not in out
+    command = "score", TIME, RECORDING, "--num-batches", 40, "--method", "control_variates"
+    gain = json.loads(run(*command, "--json")[1])["gain"]
+    assert gain > 2
+    assert run(*command)[1].endswith(f"as precise as    {40 * gain:.0f} plain batches\n")
 
 
 @pytest.mark.parametrize(

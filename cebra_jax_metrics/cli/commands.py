@@ -129,6 +129,10 @@ def _score_text(record: dict[str, Any]) -> str:
         "(align {align_nats:.4f}, uniform {uniform_nats:.4f}, chance {chance_nats:.4f})\n"
         "from             {num_batches} batches of {num_negatives} on {num_steps} time steps"
     ).format(**record)
+    if record["method"] != "plain":
+        text += "\nas precise as    {:.0f} plain batches".format(
+            record["gain"] * record["num_batches"]
+        )
     line = "\n{:17}{goodness_of_fit_bits:.4f} ± {goodness_of_fit_stderr_bits:.4f} bits"
     parts = record.get("parts", {}).items()
     return text + "".join(line.format(name, **part) for name, part in parts)
