@@ -1,14 +1,17 @@
 """Pictures. matplotlib (``pip install 'cebra-jax-metrics[plot]'``) is imported when drawing."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cebra_jax_metrics.arrays import as_numpy
+from cebra_jax_metrics.consistency import NullTest
 from cebra_jax_metrics.estimation import Estimate
-from cebra_jax_metrics.metrics import Consistency, goodness_of_fit_history
+from cebra_jax_metrics.metrics import Consistency, ConsistencyTest, goodness_of_fit_history
 from cebra_jax_metrics.metrics.scores import as_checkpoint
+from cebra_jax_metrics.model import Checkpoint, Model
 from cebra_jax_metrics.nulls import GoodnessOfFitTest
 
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 LOSS, BITS = "InfoNCE (nats)", "Goodness of fit (bits)"
 CHANCE = "grey"
+UNSAMPLED = NullTest, ConsistencyTest
 BOUNDS = {"vmin": 0, "vmax": 100}
 DARK, LIGHT = "black", 0.5  # text on cells that are lighter than this
 FONT_SIZE, SMALLEST, MOST_LETTERS = 10.0, 4.0, 50  # in points; of names side by side
@@ -126,14 +130,15 @@ def plot_loss(
         The matplotlib Axes.
 
     Raises:
-        ValueError: The model holds no history.
+        ValueError: The model holds no history, or is a stack of models.
         ImportError: matplotlib is not installed.
 
     Source: CEBRA 0.6.1 ``cebra.plot_loss``.
     """
     style = {"color": color, "linewidth": linewidth, **kwargs}
+    loss = _recorded(model, "total")
     ax = _new_axes("plot_loss", figsize, dpi) if ax is None else ax
-    return _history(ax, _recorded(model, "total"), LOSS, label, (x_label, y_label), style)
+    return _history(ax, loss, LOSS, label, (x_label, y_label), style)
 
 
 def plot_temperature(
@@ -164,14 +169,14 @@ def plot_temperature(
         The matplotlib Axes.
 
     Raises:
-        ValueError: The model holds no history.
+        ValueError: The model holds no history, or is a stack of models.
         ImportError: matplotlib is not installed.
 
     Source: CEBRA 0.6.1 ``cebra.plot_temperature``.
     """
     style = {"color": color, "linewidth": linewidth, **kwargs}
-    ax = _new_axes("plot_temperature", figsize, dpi) if ax is None else ax
     values = _recorded(model, "temperature")
+    ax = _new_axes("plot_temperature", figsize, dpi) if ax is None else ax
     return _history(ax, values, "Temperature", None, (x_label, y_label), style)
 
 
@@ -205,14 +210,18 @@ def plot_goodness_of_fit(
         The matplotlib Axes.
 
     Raises:
-        ValueError: The model holds no history, or was trained without a batch size.
+        ValueError: The model holds no history, is a stack of models, or was trained without a
+            batch size.
         ImportError: matplotlib is not installed.
 
     Source: :func:`goodness_of_fit_history`.
     """
     style = {"color": color, "linewidth": linewidth, **kwargs}
+    checkpoint = _with_history(model)
+    _recorded(checkpoint, "total")
+    bits = goodness_of_fit_history(checkpoint)
     ax = _new_axes("plot_goodness_of_fit", figsize, dpi) if ax is None else ax
-    _history(ax, goodness_of_fit_history(model), BITS, label, (x_label, y_label), style)
+    _history(ax, bits, BITS, label, (x_label, y_label), style)
     ax.axhline(0, color=CHANCE, linestyle="--", linewidth=1)
     ax.annotate(
         "chance",
@@ -258,23 +267,26 @@ def compare_models(
         The matplotlib Axes.
 
     Raises:
-        ValueError: There are no models, not as many labels, or a model holds no history.
+        ValueError: There are no models, not as many labels, or a model holds no history or is a
+            stack of them.
         ImportError: matplotlib is not installed.
 
     Source: CEBRA 0.6.1 ``cebra.compare_models``.
     """
-    if not isinstance(models, Sequence) or isinstance(models, str) or not len(models):
+    if not isinstance(models, list | tuple) or not models:
         raise ValueError(f"Invalid list of models, expected at least one, got {models!r}.")
+    if isinstance(labels, str):
+        raise ValueError(f"Invalid labels, expected a list of them, got {labels!r}.")
     if labels is not None and len(labels) != len(models):
         raise ValueError(
             f"Invalid labels, expected one for each of {len(models)} models, got {len(labels)}."
         )
     losses = [_recorded(model, "total") for model in models]
-    ax = _new_axes("compare_models", figsize, dpi) if ax is None else ax
-    from matplotlib import colormaps
-
     # The light end of a map is hardly seen on white.
-    colors = [color] * len(models) if color else colormaps[cmap](np.linspace(0, 0.85, len(models)))
+    palette = _import("compare_models", "matplotlib").colormaps.get_cmap(cmap)
+    shades = palette(np.linspace(0, 0.85, len(models)))
+    colors = shades if color is None else [color] * len(models)
+    ax = _new_axes("compare_models", figsize, dpi) if ax is None else ax
     names: Sequence[str | None] = labels or [None] * len(models)
     for loss, name, one in zip(losses, names, colors, strict=True):
         style = {"color": one, "linewidth": linewidth, **kwargs}
@@ -355,12 +367,11 @@ def plot_embedding(
         alpha=alpha,
         **kwargs,
     )
-    from matplotlib.ticker import MaxNLocator
-
+    locator = _import("plot_embedding", "matplotlib.ticker").MaxNLocator
     ax.set_aspect("equal")
     for axis, feature in zip("xyz", order, strict=False):
         getattr(ax, f"set_{axis}label")(f"feature {feature}")
-        getattr(ax, f"{axis}axis").set_major_locator(MaxNLocator(5))
+        getattr(ax, f"{axis}axis").set_major_locator(locator(5))
     if title is not None:
         ax.set_title(title)
     if colorbar_label is not None and not isinstance(colors, str):
@@ -396,23 +407,33 @@ def plot_distribution(
         The matplotlib Axes.
 
     Raises:
-        TypeError: The result is of another kind.
+        TypeError: The result is of another kind; those of :func:`consistency_test` keep no samples.
+        ValueError: Values are not finite, or those of several estimates.
         ImportError: matplotlib is not installed.
     """
     if isinstance(result, Estimate):
+        if np.ndim(result.per_batch) != 1:
+            raise ValueError(
+                f"Expected one estimate (num_batches,), got several {np.shape(result.per_batch)}: "
+                "choose one, jax.tree.map(lambda x: x[i], estimates)."
+            )
         values, line = np.asarray(result.per_batch_bits), float(result.bits)
-        name, of_what = f"mean {line:.4f} ± {float(result.bits_stderr):.4f} bits", "batches"
+        error = "" if len(values) == 1 else f" ± {float(result.bits_stderr):.4f}"
+        name, of_what = f"mean {line:.4f}{error} bits", "batches"
     elif isinstance(result, GoodnessOfFitTest):
         values, line = np.asarray(result.null), result.observed
         name, of_what = f"observed {line:.4f} bits, p = {result.p_value:.3g}", "null samples"
     else:
+        kept = ", which keeps no samples of its null" * isinstance(result, UNSAMPLED)
         raise TypeError(
-            f"Expected an Estimate or a GoodnessOfFitTest, got {type(result).__name__}."
+            f"Expected an Estimate or a GoodnessOfFitTest, got {type(result).__name__}{kept}."
         )
+    if not np.isfinite(line) or not np.isfinite(values).all():
+        raise ValueError("Expected finite values, got NaN or infinity: look for them in the model.")
     ax = _new_axes("plot_distribution", figsize, dpi) if ax is None else ax
     counts, _, _ = ax.hist(values, bins=bins, **{"color": color, "edgecolor": "white", **kwargs})
     ax.axvline(line, ymax=0.8, color="black", linewidth=1.5, label=name)
-    ax.set_ylim(0, 1.25 * np.max(counts))  # the legend stands above the line
+    ax.set_ylim(top=1.25 * np.max(counts))  # the legend stands above the line
     ax.legend(loc="upper left", frameon=False)
     ax.set_xlabel(BITS)
     ax.set_ylabel(f"{of_what} ({len(values)} in all)")
@@ -420,14 +441,26 @@ def plot_distribution(
     return ax
 
 
+def _with_history(model: Any) -> Checkpoint:
+    if isinstance(model, Model):
+        raise TypeError("A bare Model has no training history: pass the Checkpoint it came in.")
+    return as_checkpoint(model)
+
+
 def _recorded(model: Any, name: str) -> np.ndarray:
     """What the history of a model holds, at every step."""
-    history = as_checkpoint(model).history
-    if not len(history.get(name, ())):
+    history = _with_history(model).history
+    values = np.asarray(history.get(name, ()))
+    if not values.size:
         raise ValueError(
             f"The checkpoint holds no training history of {name!r}, only of {sorted(history)}."
         )
-    return np.asarray(history[name])
+    if values.ndim != 1:
+        raise ValueError(
+            f"Expected the history of one model (steps,), got that of a stack {values.shape}: pass "
+            "a Checkpoint of one of them, with its own row of the history."
+        )
+    return values
 
 
 def _history(
@@ -452,11 +485,12 @@ def _history(
 
 def _colors(labels: Any, length: int) -> Any:
     """One colour, or a number for each time step."""
-    from matplotlib.colors import is_color_like
-
+    if labels is None:
+        return "grey"
     if isinstance(labels, str) and labels == "time":
         return np.arange(length)
-    if isinstance(labels, str) and is_color_like(labels):
+    colors = _import("plot_embedding", "matplotlib.colors")
+    if isinstance(labels, str) and colors.is_color_like(labels):
         return labels
     numbers = None if isinstance(labels, str) else as_numpy(labels)
     if numbers is not None and numbers.size == length and numbers.dtype.kind in "biuf":
@@ -472,15 +506,19 @@ def _without_frame(ax: "Axes") -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _new_axes(
-    function: str, figsize: tuple[float, float], dpi: float, projection: str | None = None
-) -> "Axes":
+def _import(function: str, name: str) -> Any:
     try:
-        import matplotlib.pyplot as plt
+        return import_module(name)
     except ImportError as error:
         raise ImportError(
             f"{function} needs matplotlib: pip install 'cebra-jax-metrics[plot]'."
         ) from error
+
+
+def _new_axes(
+    function: str, figsize: tuple[float, float], dpi: float, projection: str | None = None
+) -> "Axes":
+    plt = _import(function, "matplotlib.pyplot")
     figure = plt.figure(figsize=figsize, dpi=dpi, layout="constrained")
     return figure.add_subplot(projection=projection)
 

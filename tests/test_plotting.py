@@ -13,8 +13,10 @@ from cebra_jax_metrics import (
     Checkpoint,
     Consistency,
     Encoder,
+    Estimate,
     GoodnessOfFitTest,
     Model,
+    NullTest,
     compare_models,
     estimate_infonce,
     goodness_of_fit_history,
@@ -131,12 +133,19 @@ STEPS = np.arange(1, 21)
 HISTORY = {"total": 5 + 1 / STEPS, "temperature": np.full(20, 0.5)}
 MODEL = Model((Encoder.init(jax.random.key(0), "offset1-model", 3, 4, 3),))
 TRAINED = Checkpoint(MODEL, {"batch_size": 64}, HISTORY)
+STACK = Checkpoint(MODEL, {"batch_size": 64}, {k: np.stack([x] * 3) for k, x in HISTORY.items()})
 RNG = np.random.default_rng(0)
 EMBEDDING = RNG.normal(size=(30, 4))
 PLOTS = {
     plot_loss: ("total", "InfoNCE (nats)", "magenta"),
     plot_temperature: ("temperature", "Temperature", "dodgerblue"),
 }
+
+
+def estimate(per_batch):
+    losses = jax.numpy.asarray(per_batch)
+    mean, error = losses.mean(-1), losses.std(-1)
+    return Estimate(mean, error, losses, mean, mean, 8)
 
 
 def line_of(ax):
@@ -180,6 +189,8 @@ def test_models_side_by_side(axes, golden_folder):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["mine", "theirs"]
     first, second = (line.get_color() for line in axes.lines)
     assert not np.array_equal(first, second)
+    compare_models([TRAINED], ax=axes, cmap=mpl.colormaps["cool"], color=np.array([1, 0, 0]))
+    np.testing.assert_array_equal(axes.lines[2].get_color(), [1, 0, 0])
     other = Figure().subplots()
     compare_models((TRAINED, TRAINED), ax=other, color="green")
     assert {line.get_color() for line in other.lines} == {"green"}
@@ -221,8 +232,9 @@ def test_embedding_coloured_by_labels(axes, labels):
     assert [ax.get_ylabel() for ax in axes.figure.axes] == ["feature 1", "m"]
 
 
-def test_embedding_of_one_colour(axes):
-    plot_embedding(jax.numpy.asarray(EMBEDDING), ax=axes, idx_order=(0, 1), colorbar_label="m")
+@pytest.mark.parametrize("color", ["grey", None])
+def test_embedding_of_one_colour(axes, color):
+    plot_embedding(jax.numpy.asarray(EMBEDDING), color, axes, (0, 1), colorbar_label="m")
     (points,) = axes.collections
     assert points.get_array() is None
     np.testing.assert_allclose(points.get_facecolor()[0, :3], mpl.colors.to_rgb("grey"))
@@ -239,6 +251,13 @@ def test_batches_of_an_estimate(axes):
     assert line_of(axes).get_xdata()[0] == pytest.approx(float(estimate.bits))
     assert f"{float(estimate.bits):.4f} ± " in axes.get_legend().get_texts()[0].get_text()
     assert axes.get_ylim()[1] > expected.max()
+
+
+def test_one_batch_has_no_error(axes):
+    plot_distribution(estimate([0.5]), axes, log=True)
+    name = axes.get_legend().get_texts()[0].get_text()
+    assert "nan" not in name
+    assert "±" not in name
 
 
 def test_null_of_a_test(axes):
@@ -259,9 +278,16 @@ def test_null_of_a_test(axes):
         (lambda: plot_temperature(Checkpoint(MODEL)), ValueError, "'temperature', only of"),
         (lambda: plot_goodness_of_fit(Checkpoint(MODEL)), ValueError, "history"),
         (lambda: plot_loss(3), TypeError, "int"),
+        (lambda: plot_loss(MODEL), TypeError, "pass the Checkpoint"),
+        (lambda: plot_loss(STACK), ValueError, r"stack \(3, 20\)"),
+        (lambda: plot_temperature(STACK), ValueError, r"stack \(3, 20\)"),
+        (lambda: plot_goodness_of_fit(STACK), ValueError, r"stack \(3, 20\)"),
+        (lambda: compare_models([TRAINED, STACK]), ValueError, r"stack \(3, 20\)"),
         (lambda: compare_models([]), ValueError, "at least one"),
         (lambda: compare_models("model.pt"), ValueError, "list of models"),
         (lambda: compare_models([TRAINED], ["a", "b"]), ValueError, "1 models, got 2"),
+        (lambda: compare_models([TRAINED] * 2, "ab"), ValueError, "list of them, got 'ab'"),
+        (lambda: compare_models([TRAINED], cmap="no"), ValueError, "'no' is not a valid value"),
         (lambda: plot_embedding(EMBEDDING[:, 0]), ValueError, "embedding dimension"),
         (lambda: plot_embedding(EMBEDDING[:, :1]), ValueError, "embedding dimension"),
         (lambda: plot_embedding(EMBEDDING, idx_order=(0,)), ValueError, "idx_order"),
@@ -271,11 +297,16 @@ def test_null_of_a_test(axes):
         (lambda: plot_embedding(EMBEDDING, ["a"] * 30), ValueError, "one number"),
         (lambda: plot_embedding(EMBEDDING, ax=Figure().subplots()), ValueError, "projection"),
         (lambda: plot_distribution(np.zeros(3)), TypeError, "ndarray"),
+        (lambda: plot_distribution(NullTest(*np.zeros((5, 1)))), TypeError, "keeps no samples"),
+        (lambda: plot_distribution(estimate([[0.1], [0.2]])), ValueError, r"several \(2, 1\)"),
+        (lambda: plot_distribution(estimate([0.1, np.nan])), ValueError, "got NaN"),
     ],
 )
 def test_what_cannot_be_drawn(call, error, message):
+    before = plt.get_fignums()
     with pytest.raises(error, match=message):
         call()
+    assert plt.get_fignums() == before  # nothing empty is left for a notebook to show
 
 
 @pytest.mark.parametrize(
@@ -292,7 +323,10 @@ def test_new_figures(plot):
 
 
 def test_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    for plot in (plot_loss, plot_temperature, plot_goodness_of_fit):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    calls = {plot: TRAINED for plot in (plot_loss, plot_temperature, plot_goodness_of_fit)}
+    calls |= {compare_models: [TRAINED], plot_embedding: EMBEDDING, plot_consistency: RESULT}
+    for plot, value in {**calls, plot_distribution: estimate([0.1, 0.2])}.items():
         with pytest.raises(ImportError, match=rf"{plot.__name__} needs.*\[plot\]"):
-            plot(TRAINED)
+            plot(value)
