@@ -68,21 +68,42 @@ def check_dimensions(x: Any, least: int) -> None:
         raise ValueError(f"Expected numbers, got dtype {x.dtype}.")
 
 
-def check_finite(x: Array | np.ndarray, what: str) -> None:
-    """Refuse NaN and infinity, in the words that scikit-learn and so CEBRA use."""
+def check_finite(x: Array | np.ndarray, what: str, start: int = 0) -> None:
+    """Refuse NaN and infinity, in the words that scikit-learn and so CEBRA use.
+
+    Args:
+        x: ``(time,)`` or ``(time, features)``; what JAX traces passes.
+        what: What to call it.
+        start: The number of its first row, where it is but a part of a recording.
+
+    Raises:
+        ValueError: There is one; the message says where the first one is.
+    """
     if is_traced(x) or not jnp.issubdtype(x.dtype, jnp.inexact):
         return
-    if isinstance(x, Array):
-        with jax.ensure_compile_time_eval():  # known values are looked at even inside jit
-            is_finite, has_nan = bool(jnp.isfinite(x).all()), bool(jnp.isnan(x).any())
-    else:
+    if not isinstance(x, Array):
         with np.errstate(over="ignore"):
             x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)  # as JAX will have it
-        is_finite, has_nan = bool(np.isfinite(x).all()), bool(np.isnan(x).any())
-    if is_finite:
-        return
-    found = "NaN" if has_nan else f"infinity or a value too large for {x.dtype}"
-    raise ValueError(f"Input contains {found}. Interpolate or drop these time steps of {what}.")
+    xp = jnp if isinstance(x, Array) else np
+    with jax.ensure_compile_time_eval():  # known values are looked at even inside jit
+        if xp.isfinite(x).all():
+            return
+        is_wrong = xp.isnan(x)
+        found = "NaN"
+        if not is_wrong.any():
+            is_wrong, found = xp.isinf(x), f"infinity or a value too large for {x.dtype}"
+        where = first_place(is_wrong, start)
+    raise ValueError(
+        f"Input contains {found}, first at {where}. Interpolate or drop these time steps of {what}."
+    )
+
+
+def first_place(is_wrong: Array | np.ndarray, start: int = 0) -> str:
+    """Where the first true value of a mask ``(time,)`` or ``(time, features)`` is, in words."""
+    rows = is_wrong.reshape(is_wrong.shape[0], -1)
+    row = int(rows.any(axis=1).argmax())
+    column = f", column {int(rows[row].argmax())}" if is_wrong.ndim > 1 else ""
+    return f"row {start + row}{column} (counted from 0)"
 
 
 def wide(dtype: Any) -> np.dtype:

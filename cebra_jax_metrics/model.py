@@ -312,7 +312,7 @@ class _Reader:
         first, last = max(start, 0), min(stop, self.length)
         here = self.start + len(self.kept)
         new = _as_jax_has_it(as_numpy(self.X[here:last]))
-        check_finite(new, "X")
+        check_finite(new, "X", here)
         self.kept = np.concatenate([self.kept[first - self.start :], new])
         self.start = first
         return np.pad(self.kept, ((first - start, stop - last), (0, 0)), "edge")

@@ -229,7 +229,7 @@ CYCLE.append(CYCLE)
         (argument("pad_before_transform", "yes"), "pad_before_transform.*'yes'"),
         (argument("model_architecture", 3), "model_architecture.*3"),
         (argument("num_hidden_units", 7), r"net.0.weight has shape \(6, 7, 2\), not \(7, 7, 2\)"),
-        (argument("num_hidden_units", 2**62), "net.0.weight has shape"),
+        (argument("num_hidden_units", 2**62), "num_hidden_units is too large: 4611686018427387904"),
         (argument("num_hidden_units", -1), "hidden units"),
         (argument("output_dimension", 0), "[Oo]utput dimension"),
         (argument("output_dimension", None), "output_dimension.*None"),
@@ -239,7 +239,7 @@ CYCLE.append(CYCLE)
         (put("state", "label_types_", 3), "label_types_"),
         (put("state", "label_types_", [("f4",)]), "label_types_"),
         (put("state", "label_types_", [("f4", "ab")]), "label_types_"),
-        (put("state", "label_types_", CYCLE), "label_types_|recursion"),
+        (put("state", "label_types_", CYCLE), "again and again"),
         (put("metadata", None), "laid out"),
         (put("state_dict", None), "laid out"),
         (put("state_dict", "model", None), "laid out"),
@@ -258,7 +258,7 @@ CYCLE.append(CYCLE)
         (put("state_dict", "log", {"total": ["a"]}), "history"),
         (put("state_dict", "log", {"total": [[1.0], [1.0, 2.0]]}), "history"),
         (put("state_dict", "log", {"total": [[1.0]]}), "history"),
-        (put("state_dict", "log", {"total": CYCLE}), "history"),
+        (put("state_dict", "log", {"total": CYCLE}), "again and again"),
     ],
 )
 def test_damaged_cebra_files(edited, edit, message):
@@ -692,6 +692,16 @@ def test_damaged_headers(damaged, path, entries, message):
         (("history", "total"), "history"),
         (("settings", None), "damaged|settings"),
         (("settings", [1]), "damaged|settings"),
+        (("settings", "batch_size", 2.5), "setting batch_size.*2.5"),  # found by fuzzing
+        (("settings", "batch_size", 10**300), "batch_size is too large: 1000"),
+        (("settings", "num_sessions", 2**31), "num_sessions is too large"),
+        (("settings", "num_sessions", "2"), "setting num_sessions.*'2'"),
+        (("settings", "delta", "a" * 10_000), "setting delta.{,100}$"),
+        (("settings", "label_types", 3), "damaged: settings"),
+        (("settings", "label_types", [3]), "damaged: settings"),
+        (("settings", "label_types", [{"dtype": "float32"}]), "damaged: settings"),
+        (("settings", "label_types", [{"dtype": 4, "shape": [3]}]), "damaged: settings"),
+        (("settings", "label_types", [[{"dtype": "f4", "shape": [2.5]}]]), "damaged: settings"),
         (("metadata", "text"), "damaged|metadata"),
     ],
 )

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import reprlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -46,9 +47,24 @@ SETTINGS: dict[str, Any] = {
     ],
     "masking_kwargs": None,
 }
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model_architecture": (str,),
+    "num_hidden_units": (int,),
+    "output_dimension": (int,),
+    "batch_size": (int, type(None)),
+    "temperature": (int, float),
+    "min_temperature": (int, float, type(None)),
+    "delta": (int, float, type(None)),
+    "conditional": (str, type(None)),
+    "prior": (str, type(None)),
+    "hybrid": (bool,),
+    "pad_before_transform": (bool,),
+    "num_sessions": (int, type(None)),
+}
 _SOLVERS = ("single-session", "single-session-full", "single-session-hybrid", "multi-session")
 _STATE = ("label_types_", "n_features_", "n_features_in_", "num_sessions_", "solver_name_")
-_MOST_MODULES = 2000  # in a pickled model, those in it counted
+_MOST_MODULES = 20_000  # in a pickled model, those in it and their parameters counted
+_LONGEST_NAME = 1000
 _HISTORY = ("total", "pos", "neg", "temperature")
 _LOG_INVERSE_TEMPERATURE = "log_inverse_temperature"
 
@@ -120,7 +136,9 @@ def read_cebra_file(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a file that ``cebra.CEBRA.save`` wrote, without torch, CEBRA or executing any of it."""
     payload = read_torch_zip(path)
     try:
-        return _from_payload(_payload_of(payload) if isinstance(payload, Record) else payload)
+        payload = _payload_of(payload) if isinstance(payload, Record) else payload
+        _check_extent(payload, os.stat(path).st_size)
+        return _from_payload(payload)
     except ValueError as error:
         raise CheckpointError(f"Cannot use {str(path)!r}: {error}") from None
     except Exception as error:  # whatever a damaged file makes the code below stumble over
@@ -212,19 +230,42 @@ def _payload_of(estimator: Record) -> dict[str, Any]:
     }
 
 
+def _check_extent(payload: Any, size: int) -> None:
+    """Refuse a payload that is far larger than its file, which it is by naming parts repeatedly.
+
+    What comes after takes memory and time for every such name.
+    """
+    left, extent, most = [payload], 0, 4 * size + 2**20
+    while left:
+        value = left.pop()
+        if isinstance(value, np.ndarray):
+            extent += value.nbytes
+        elif isinstance(value, str | list | tuple | dict):
+            extent += len(value)
+        if extent > most:
+            raise CheckpointError(
+                "it repeats its parts again and again, to far more than the file holds."
+            )
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
+
+
 def _named_parameters(root: Any) -> Iterator[tuple[str, Any]]:
     """Parameters of a pickled torch module and of those in it, by torch's names."""
-    left, visited = [("", root)], 0
+    left, number = [("", root)], 1
     while left:
         prefix, module = left.pop()
-        visited += 1
-        if not isinstance(module, Record) or visited > _MOST_MODULES or len(prefix) > 1000:
+        if not isinstance(module, Record):
             raise CheckpointError("its modules are not laid out as torch's are.")
-        for name, value in module.attributes.get("_parameters", {}).items():
-            if value is not None:
-                yield f"{prefix}{name}", value
-        inner = [(f"{prefix}{n}.", m) for n, m in module.attributes.get("_modules", {}).items()]
-        left += reversed([(name, m) for name, m in inner if m is not None])
+        parameters, inner = (module.attributes.get(key, {}) for key in ("_parameters", "_modules"))
+        number += len(parameters) + len(inner)
+        longest = max((len(prefix) + len(name) for name in (*parameters, *inner)), default=0)
+        if number > _MOST_MODULES or longest > _LONGEST_NAME:
+            raise CheckpointError("its modules are not laid out as torch's are.")
+        yield from ((f"{prefix}{n}", value) for n, value in parameters.items() if value is not None)
+        left += [(f"{prefix}{n}.", m) for n, m in reversed(inner.items()) if m is not None]
 
 
 def _from_payload(payload: Any) -> Checkpoint:
@@ -255,25 +296,7 @@ def _from_payload(payload: Any) -> Checkpoint:
 def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
     """CEBRA's arguments as plain values: missing ones at their defaults, used ones checked."""
     settings = {**SETTINGS, **{str(name): _plain(value) for name, value in args.items()}}
-    expected: dict[str, tuple[type, ...]] = {
-        "model_architecture": (str,),
-        "num_hidden_units": (int,),
-        "output_dimension": (int,),
-        "batch_size": (int, type(None)),
-        "temperature": (int, float),
-        "min_temperature": (int, float, type(None)),
-        "delta": (int, float, type(None)),
-        "conditional": (str, type(None)),
-        "hybrid": (bool,),
-        "pad_before_transform": (bool,),
-    }
-    for name, types in expected.items():
-        value = settings[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise CheckpointError(
-                f"setting {name} has to be of type {' or '.join(t.__name__ for t in types)}, "
-                f"got {value!r}."
-            )
+    check_kinds(settings)
     for name, known in (
         ("criterion", ("infonce",)),
         ("distance", ("cosine", "euclidean")),
@@ -281,7 +304,7 @@ def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
     ):
         if settings[name] not in known:
             raise CheckpointError(
-                f"setting {name} has to be one of {known}, got {settings[name]!r}."
+                f"setting {name} has to be one of {known}, got {reprlib.repr(settings[name])}."
             )
     largest = float(np.finfo(np.float32).max)
     if not 0 < settings["temperature"] < largest:
@@ -289,6 +312,19 @@ def _settings(args: Mapping[str, Any]) -> dict[str, Any]:
     if not 0 <= (settings["min_temperature"] or 0) < largest:
         raise CheckpointError("min_temperature has to be None or a finite number of at least 0.")
     return settings
+
+
+def check_kinds(settings: Mapping[str, Any]) -> None:
+    """Check the kinds of those settings that others count on, where they are given."""
+    for name in _KINDS.keys() & settings.keys():
+        types, value = _KINDS[name], settings[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise CheckpointError(
+                f"setting {name} has to be of type {' or '.join(t.__name__ for t in types)}, "
+                f"got {reprlib.repr(value)}."
+            )
+        if isinstance(value, int) and float not in types and value.bit_length() > 31:
+            raise CheckpointError(f"setting {name} is too large: {reprlib.repr(value)}.")
 
 
 def _without_module(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,15 +378,18 @@ def _model(
         raise CheckpointError(
             f"there are {len(prefixes)} encoders, but {len(neurons)} num_neurons."
         )
-    encoders = []
-    for prefix, count in zip(prefixes, neurons, strict=True):
-        own = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
-        encoders.append(_encoder(own, prefix, settings, count))
-    counted = sum(k.startswith(tuple(prefixes)) for k in parameters)
-    if counted != len(parameters):
-        raise CheckpointError(
-            f"the names of the parameters are mixed up: {sorted(parameters)[:8]}."
-        )
+    parts: dict[str, dict[str, Any]] = {prefix: {} for prefix in prefixes}
+    for name, value in parameters.items():
+        prefix = "" if num_sessions is None else name[: name.find(".") + 1]
+        if prefix not in parts:
+            raise CheckpointError(
+                f"the names of the parameters are mixed up: {sorted(parameters)[:8]}."
+            )
+        parts[prefix][name.removeprefix(prefix)] = value
+    encoders = [
+        _encoder(parts[prefix], prefix, settings, count)
+        for prefix, count in zip(prefixes, neurons, strict=True)
+    ]
     learned = settings["temperature_mode"] == "auto"
     if not learned and _LOG_INVERSE_TEMPERATURE in criterion:
         raise CheckpointError(

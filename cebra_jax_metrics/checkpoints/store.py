@@ -1,5 +1,7 @@
 """The library's own file: one safetensors file of arrays, with the rest as JSON in its header."""
 
+import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -11,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from cebra_jax_metrics.checkpoints.cebra import check_kinds
 from cebra_jax_metrics.checkpoints.torch_zip import CheckpointError
 from cebra_jax_metrics.encoders import Encoder, get_architecture
 from cebra_jax_metrics.infonce import SIMILARITIES
@@ -18,10 +21,15 @@ from cebra_jax_metrics.model import Checkpoint, Criterion, Model
 
 FORMAT = "cebra_jax_metrics"
 VERSION = 1
+ABANDONED = 3600  # seconds after which a temporary file is nobody's
 
 
 def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint to one safetensors file, atomically: all of it, or nothing changes.
+
+    That holds for a process that is killed, too, and for several that save to one path: the last
+    one wins. A killed one may leave a hidden ``.tmp`` file beside it, which the first save to that
+    path after an hour removes.
 
     Args:
         checkpoint: What ``load``, ``from_cebra`` or ``from_state_dict`` returned.
@@ -66,8 +74,9 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         "metadata": dict(checkpoint.metadata),
     }
     arrays = {name: np.array(value, order="C") for name, value in arrays.items()}
-    _checkpoint(description, dict(arrays))  # what cannot be loaded is not written
-    header = {"format": FORMAT, "version": str(VERSION), "checkpoint": json.dumps(description)}
+    text = json.dumps(description)
+    _checkpoint(json.loads(text), dict(arrays))  # what cannot be loaded is not written
+    header = {"format": FORMAT, "version": str(VERSION), "checkpoint": text}
     data = safetensors.numpy.save(arrays, header)
     _write_atomically(Path(path).resolve(), data)
 
@@ -79,15 +88,30 @@ def _as_floats(value: Any, dtype: type) -> np.ndarray:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    """Write a temporary file beside the file, and rename it: the file is the old or the new one.
+
+    A process that is killed leaves its temporary file. Saving to the same path removes those that
+    have not been written to for a while, so that they do not gather.
+    """
+    mark = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    temporary = path.parent / f".{mark}-{secrets.token_hex(8)}.tmp"
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        now = temporary.stat().st_mtime  # by the clock of the file system, which need not be ours
         temporary.replace(path)
+    except OSError as error:
+        reason = f"Cannot save the checkpoint, nothing was changed ({error.strerror or error})"
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    for other in path.parent.glob(f".{mark}-*.tmp"):
+        with contextlib.suppress(OSError):  # another process may remove it, too
+            if now - other.stat().st_mtime > ABANDONED:
+                other.unlink()
 
 
 def read_own_file(path: str | os.PathLike[str]) -> Checkpoint:
@@ -155,6 +179,7 @@ def _checkpoint(description: Any, arrays: dict[str, np.ndarray]) -> Checkpoint:
 def _check_description(description: Any) -> None:
     """Check the kinds of what the header says; shapes are checked with the arrays."""
     criterion, metadata = description["criterion"], description["metadata"]
+    settings = description["settings"]
     sizes = ("num_neurons", "num_hidden_units", "output_dimension")
     problems = {
         "criterion": criterion["similarity"] not in (*SIMILARITIES,)
@@ -162,13 +187,29 @@ def _check_description(description: Any) -> None:
         "encoders": any(
             type(entry[n]) is not int for entry in description["encoders"] for n in sizes
         ),
-        "settings": type(description["settings"]) is not dict,
+        "settings": type(settings) is not dict or not _are_label_types(settings.get("label_types")),
         "metadata": type(metadata) is not dict
         or any(type(text) is not str for text in metadata.values()),
     }
     wrong = [name for name, is_wrong in problems.items() if is_wrong]
     if wrong:
         raise CheckpointError(f"its header is damaged: {', '.join(wrong)}.")
+    check_kinds(settings)
+
+
+def _are_label_types(value: Any) -> bool:
+    """Whether it is a list of kinds of labels, or of lists of them, one per session."""
+    if type(value) is not list:
+        return value is None
+    return all(
+        type(one) is dict
+        and one.keys() == {"dtype", "shape"}
+        and type(one["dtype"]) is str
+        and type(one["shape"]) is list
+        and all(type(n) is int for n in one["shape"])
+        for entry in value
+        for one in (entry if type(entry) is list else [entry])
+    )
 
 
 def _encoder(entry: Any, prefix: str, arrays: dict[str, np.ndarray]) -> Encoder:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 LONGEST_TEXT = 2**16
+MOST_DIMENSIONS = 64  # NumPy's limit
 MAX_EXPANDED = 2**20  # elements of a tensor that repeats its storage by strides of 0
 
 
@@ -73,8 +74,8 @@ def _tensor(
         isinstance(storage, _Storage)
         and isinstance(size, tuple)
         and isinstance(stride, tuple)
-        and len(size) == len(stride)
-        and all(type(n) is int and n >= 0 for n in (offset, *size, *stride))
+        and len(size) == len(stride) <= MOST_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 2**63 for n in (offset, *size, *stride))
     ):
         raise CheckpointError("a tensor is not described as torch does it.")
     values = storage.values
@@ -125,9 +126,14 @@ def _ordered_dict(items: object = ()) -> dict[object, object]:
 
 
 def _key(key: object) -> object:
-    """A dictionary's key: hashing anything else may take forever, or the process down."""
+    """A dictionary's key: hashing anything else may take forever, or the process down.
+
+    Of long integers any number may share one hash.
+    """
     if not isinstance(key, str | int):
         raise CheckpointError(f"a dictionary has a key of kind {type(key).__name__}.")
+    if isinstance(key, int) and key.bit_length() > 32:
+        raise CheckpointError(f"a dictionary has a key of {key.bit_length()} bits.")
     return key
 
 
@@ -219,9 +225,11 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.allowance = 0  # items that may still be copied
 
     def run(self, pickle: bytes) -> object:
         """Return what the pickle describes."""
+        self.allowance = len(pickle)
         operations: Iterator[tuple[Any, Any, Any]] = pickletools.genops(pickle)
         for opcode, argument, _ in operations:
             name = opcode.name
@@ -272,15 +280,23 @@ class _Machine:
             raise CheckpointError("its pickle sets items of what is no dictionary.")
         target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
+    def count_copies(self, *values: Any) -> None:
+        """Refuse to copy more items than the pickle writes: it has to name some many times."""
+        self.allowance -= sum(len(x) for x in values if isinstance(x, _SIZED))
+        if self.allowance < 0:
+            raise CheckpointError("its pickle copies the same items again and again.")
+
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Global) or type(arguments) is not tuple:
             raise CheckpointError("its pickle calls what is no function.")
+        self.count_copies(*arguments)
         make = _FUNCTIONS.get(function)
         self.stack.append(Record(function.name) if make is None else make(*arguments))
 
     def set_state(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        self.count_copies(state)
         match target, state:
             case Offset(), (None, {"left": int(left), "right": int(right)}):
                 target.left, target.right = left, right
@@ -303,6 +319,7 @@ class _Machine:
                 raise CheckpointError("a storage is not described as torch does it.")
 
 
+_SIZED = str | bytes | list | tuple | dict
 _PUSH_ARGUMENT = frozenset(["BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"])
 _PUSH_NEW: dict[str, Callable[[], object]] = {
     "NONE": lambda: None,
@@ -346,11 +363,16 @@ def _look_up(module: str, name: str) -> object:
 class _Archive:
     """The records of a torch zip file."""
 
-    def __init__(self, file: zipfile.ZipFile) -> None:
+    def __init__(self, file: zipfile.ZipFile, size: int) -> None:
         self._file = file
         names = file.namelist()
         if len(set(names)) != len(names):
             raise CheckpointError("it holds several records of one name.")
+        if any(name.startswith("/") or ".." in re.split(r"[/\\]", name) for name in names):
+            raise CheckpointError("it holds a record whose name leads out of it.")
+        claimed = sum(info.file_size for info in file.infolist())
+        if claimed > size:  # compressed, overlapping or untrue
+            raise CheckpointError(f"its records claim {claimed} bytes, but it has only {size}.")
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             number = "several" if pickles else "no"
@@ -409,7 +431,7 @@ def read_torch_zip(path: str | os.PathLike[str]) -> object:
     """
     with Path(path).open("rb") as file:
         try:
-            return _Archive(zipfile.ZipFile(file)).unpickle()
+            return _Archive(zipfile.ZipFile(file), os.fstat(file.fileno()).st_size).unpickle()
         except CheckpointError as error:
             raise CheckpointError(f"Cannot read {str(path)!r}: {error}") from None
         except Exception as error:  # whatever a damaged file makes the parsers stumble over

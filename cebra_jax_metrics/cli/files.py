@@ -163,10 +163,13 @@ def _readable(data: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays of a file without those of pickled objects, which are never loaded."""
     for name in data.files:
         try:
-            yield name, data[name]
+            array = data[name]
         except ValueError as error:
             if "allow_pickle" not in str(error):
                 raise
+            continue
+        if isinstance(array, np.ndarray):  # else a member that is no array at all
+            yield name, array
 
 
 def _read_csv(path: str) -> tuple[Arrays, Arrays]:

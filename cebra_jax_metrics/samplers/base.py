@@ -10,7 +10,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_array, as_integer, as_key, is_traced, pad_rows, wide
+from cebra_jax_metrics.arrays import (
+    as_array,
+    as_integer,
+    as_key,
+    first_place,
+    is_traced,
+    pad_rows,
+    wide,
+)
 
 T = TypeVar("T")
 Leaf = Any  # anything array-like when a user passes it, an array once the sampler is made
@@ -232,13 +240,15 @@ def as_continuous(labels: object) -> Array:
             "Continuous labels have to be of shape (time,) or (time, features) and not empty, "
             f"got {labels.shape}."
         )
-    if not (np.issubdtype(labels.dtype, np.number) or jnp.issubdtype(labels.dtype, jnp.floating)):
+    if not any(jnp.issubdtype(labels.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"Continuous labels have to be numbers, got dtype {labels.dtype}.")
     with np.errstate(over="ignore"):
         labels = jnp.asarray(labels.astype(np.float32))
     if not is_traced(labels) and not np.isfinite(labels).all():
+        where = first_place(~np.isfinite(labels))
         raise ValueError(
-            "Labels contain NaN or infinity (in float32); drop these time steps from X and labels."
+            f"Labels contain NaN or infinity (in float32), first at {where}; drop these time steps "
+            "from X and labels."
         )
     return labels.reshape(labels.shape[0], -1)
 
