@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cebra_jax_metrics.arrays import as_array, as_integer, as_numpy
+from cebra_jax_metrics.arrays import as_array, as_integer, as_numpy, check_dimensions
 
 REACH = 2  # an empty bin takes the steps of the bins within 1 of it, then within 2
 
@@ -86,7 +86,7 @@ def align_embeddings(
 
     Raises:
         ValueError: Lengths do not match, labels are not finite numbers, a bin has no steps near it,
-            or an integer value is missing from one of the embeddings.
+            a mean to be normalised is 0, or an integer value is missing from one of the embeddings.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.helpers.align_embeddings`` (which bins integers
     like floats, and loses those of the largest value).
@@ -101,8 +101,9 @@ def align_embeddings(
     if len(arrays) != len(values):
         raise ValueError(f"Got {len(arrays)} embeddings, but labels for {len(values)}.")
     for array, value in zip(arrays, values, strict=True):
-        if array.ndim != 2:
+        if array.ndim != 2 or not array.shape[1]:
             raise ValueError(f"Embeddings have to be (time, features), got shape {array.shape}.")
+        check_dimensions(array, least=2)
         if len(array) != len(value):
             raise ValueError(
                 "Labels invalid, the labels associated to an embedding should contain the same "
@@ -111,9 +112,23 @@ def align_embeddings(
             )
     bins = label_bins(values, n_bins, on_missing)
     aligned = [_aligned(array, bins, i) for i, array in enumerate(arrays)]
-    if normalize:
-        aligned = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in aligned]
-    return aligned
+    if not normalize:
+        return aligned
+    for number, rows in enumerate(aligned):
+        if not rows.any(axis=1).all():
+            empty = int(np.argmin(rows.any(axis=1)))
+            raise ValueError(
+                f"The mean of embedding {number} in bin {empty + bins.margin} (labels "
+                f"{bins.names[empty]}) is 0 and cannot be normalised: use fewer bins, or pass "
+                "normalize=False."
+            )
+    return [_of_norm_one(rows) for rows in aligned]
+
+
+def _of_norm_one(rows: np.ndarray) -> np.ndarray:
+    """Rows divided by their norms, whose squares may be out of the range of floats."""
+    rows = rows / np.abs(rows).max(axis=1, keepdims=True)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _label_array(label: Any) -> np.ndarray:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.alignment import bin_means
-from cebra_jax_metrics.arrays import as_integer, wide
+from cebra_jax_metrics.arrays import as_array, as_integer, check_dimensions, wide
 from cebra_jax_metrics.sharding import first_item, spread
 
 Terms = Callable[[Array, Array], Any]
@@ -38,7 +38,7 @@ SAMPLES_AT_A_TIME = 16
 
 
 def consistency_matrix(
-    embeddings: Sequence[Array],
+    embeddings: Sequence[ArrayLike],
     *,
     cv: int | None = None,
     block_size: int = BLOCK_SIZE,
@@ -68,28 +68,38 @@ def consistency_matrix(
     are dropped. In float64 the limit is scikit-learn's, 1e-6; with ``cv``, it is that of all rows.
 
     Raises:
-        ValueError: The embeddings differ in length, are not two-dimensional, have fewer than two
-            rows, no column, or fewer rows than folds.
+        ValueError: The embeddings differ in length, are not two-dimensional, are no real numbers,
+            have fewer than two rows, no column, or fewer rows than folds.
         TypeError: ``cv`` or ``block_size`` is no integer.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.consistency_score``; scikit-learn
     ``LinearRegression``, ``r2_score``, ``KFold`` and ``cross_val_predict``.
     """
-    shapes = [jnp.shape(x) for x in embeddings]
-    if len({shape[:1] for shape in shapes}) != 1 or any(len(shape) != 2 for shape in shapes):
-        raise ValueError(f"Expected arrays (rows, features) of equal length, got {shapes}.")
-    if min(shapes)[0] < 2 or min(shape[1] for shape in shapes) < 1:
-        raise ValueError(f"Expected at least two rows and one feature, got shapes {shapes}.")
+    embeddings = _checked(embeddings)
     return spread(
         _matrix,
         (),
-        tuple(embeddings),
+        embeddings,
         mesh=mesh,
         axis_name=axis_name,
         reduces=True,
-        folds=None if cv is None else _folds(shapes[0][0], cv),
+        folds=None if cv is None else _folds(len(embeddings[0]), cv),
         block_size=as_integer("block_size", block_size, at_least=1),
     )
+
+
+def _checked(embeddings: Sequence[ArrayLike]) -> tuple[Any, ...]:
+    """Arrays of real numbers ``(rows, features)`` of equal length."""
+    arrays = tuple(map(as_array, embeddings))
+    shapes = [x.shape for x in arrays]
+    if len({shape[:1] for shape in shapes}) != 1 or any(len(shape) != 2 for shape in shapes):
+        listed = " and ".join(map(str, shapes))
+        raise ValueError(f"Expected arrays (rows, features) of equal length, got shapes {listed}.")
+    if min(shapes)[0] < 2 or min(shape[1] for shape in shapes) < 1:
+        raise ValueError(f"Expected at least two rows and one feature, got shapes {shapes}.")
+    for array in arrays:
+        check_dimensions(array, least=2)
+    return arrays
 
 
 @partial(jax.jit, static_argnames=("folds", "block_size", "axis_name", "number"))
@@ -134,14 +144,13 @@ def shifted_consistency(source: Array, target: Array) -> Array:
         :func:`consistency_matrix` defines it.
 
     Raises:
-        ValueError: The embeddings differ in length, or are not two-dimensional.
+        ValueError: As :func:`consistency_matrix`.
+        TypeError: They are no arrays.
     """
-    if source.ndim != 2 or target.ndim != 2 or len(source) != len(target):
-        raise ValueError(
-            "Expected two arrays (rows, features) of equal length, got shapes "
-            f"{source.shape} and {target.shape}."
-        )
-    spectra = _Spectra.of([source, target])
+    if not (isinstance(source, Array) and isinstance(target, Array)):
+        kinds = type(source).__name__, type(target).__name__
+        raise TypeError(f"Expected two arrays (rows, features), got {kinds}.")
+    spectra = _Spectra.of(_checked([source, target]))
     return spectra.under_shifts(jnp.asarray(0), jnp.asarray(1))
 
 

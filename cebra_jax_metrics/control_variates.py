@@ -66,6 +66,9 @@ PAIRS = 8
 REACH = 10
 # Steps that are summed over come in multiples of this, so that lengths share compilations.
 MULTIPLE = 1024
+# Sums over a batch exceed those over a recording at most by one over the probability of a step: what
+# is larger than this is rounding, of similarities over the temperature beyond 1e7.
+LARGEST_EXPONENT = 30.0
 # Fewer batches are averaged as they are.
 MIN_BATCHES = 16
 
@@ -142,9 +145,9 @@ def products(
 def around(values: Array) -> Array:
     """Means over the steps up to ``REACH`` before and after each ``(steps, features)``."""
     window = (2 * REACH + 1, 1), (1, 1), "SAME"
-    total = lax.reduce_window(values, jnp.zeros((), values.dtype), lax.add, *window)
-    one = jnp.ones_like(values[:, :1])
-    return total / lax.reduce_window(one, jnp.zeros((), values.dtype), lax.add, *window)
+    nothing = np.zeros((), values.dtype)  # known, or JAX does not see a sum, which has derivatives
+    total = lax.reduce_window(values, nothing, lax.add, *window)
+    return total / lax.reduce_window(jnp.ones_like(values[:, :1]), nothing, lax.add, *window)
 
 
 class Marks(NamedTuple):
@@ -233,6 +236,7 @@ def known(
         summed = log_means(
             right[marks.negative], left, shares - lax.stop_gradient(of_some), marks.some[0]
         )
+        summed = jnp.minimum(summed, LARGEST_EXPONENT)
         influence = of_steps(jnp.exp(summed), marks.negative, negative[1])
     align = -jnp.sum(left * (mean_positive or around)(own), axis=1)
     return Known(
@@ -297,7 +301,8 @@ def compared(
     own = reference[: len(uniform)]
     if known.influence is None:
         drawn = uniform - math.log(len(negative))
-        from_negatives = jnp.mean(jnp.expm1(drawn - known.level.values[own]))
+        above = jnp.minimum(drawn - known.level.values[own], LARGEST_EXPONENT)
+        from_negatives = jnp.mean(jnp.expm1(above))
     else:
         from_negatives = known.influence.excess(negative)
     expected = known.align.values[reference] - known.align.mean
@@ -349,17 +354,23 @@ def _reduced_by(
     number, count = other.controls.shape
     tiny = jnp.finfo(other.uniform.dtype).tiny
     slope = jnp.sum(other.products) / jnp.maximum(jnp.sum(other.squares), tiny)
-    scale = jnp.maximum(jnp.std(other.controls, axis=0, keepdims=True), tiny)
+    scale = jnp.std(other.controls, axis=0, keepdims=True)
+    scale = jnp.where(scale > 0, scale, 1)  # what is constant there has the coefficient 0
     centred = (other.controls - jnp.mean(other.controls, axis=0, keepdims=True)) / scale
     wanted = other.uniform - jnp.mean(other.uniform)
     coefficients, *_ = jnp.linalg.lstsq(centred, wanted)
 
-    def better(compared: Compared) -> tuple[Array, Array]:
+    def better(compared: Compared, slope: Array, coefficients: Array) -> tuple[Array, Array]:
         uniform = compared.uniform - compared.controls / scale @ coefficients
         return compared.align - slope * compared.excess, uniform
 
-    promised = jnp.var(sum(better(other)), ddof=1 + count) * (1 + count / (number - count - 2))
+    rest = sum(better(other, slope, coefficients))
+    promised = jnp.var(rest, ddof=1 + count) * (1 + count / (number - count - 2))
     is_useful = promised * (1 + 2 * math.sqrt(2 / number)) < jnp.var(other_plain.loss, ddof=1)
-    align, uniform = better(compared)
+    # Controls may leave the range of floats where losses do not.
+    is_useful &= jnp.all(jnp.isfinite(compared.controls)) & jnp.all(jnp.isfinite(compared.excess))
+    # Where they are no use they may be NaN, and so would derivatives of what is not chosen.
+    slope, coefficients = (jnp.where(is_useful, x, 0) for x in (slope, coefficients))
+    align, uniform = better(compared, slope, coefficients)
     chosen = InfoNCE(align + uniform, align, uniform)
     return jax.tree.map(lambda x, y: jnp.where(is_useful, x, y), chosen, plain)

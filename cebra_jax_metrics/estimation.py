@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -183,6 +183,10 @@ def draw(
 
 def check_batch_size(sampler: Sampler, batch_size: int | None) -> int:
     """The size of the batches of a sampler."""
+    if not hasattr(sampler, "propose"):
+        raise TypeError(
+            f"Expected a sampler, one of cebra_jax_metrics.samplers, got {type(sampler).__name__}."
+        )
     if not isinstance(sampler, FullBatch):
         return as_integer("batch_size", batch_size, at_least=1)
     if batch_size not in (None, sampler.batch_size):
@@ -313,6 +317,8 @@ def _features(windows: Windows, features: slice, renormalize: bool) -> Windows:
         )
     rows = windows.rows[:, start:stop]
     if renormalize:
+        # In units of the largest feature, whose squares do not leave the range of floats.
+        rows = rows / lax.stop_gradient(jnp.max(jnp.abs(rows), axis=1, keepdims=True))
         rows = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
     return replace(windows, rows=rows)
 
@@ -625,12 +631,14 @@ def estimate_infonce(
 
     Returns:
         The mean loss with its standard error, and the goodness of fit as ``.bits``; for a hybrid
-        sampler, several feature ranges or several sessions also those of each, as ``.parts``.
+        sampler, several feature ranges or several sessions also those of each, as ``.parts``. The
+        loss is not finite where an embedding is not (one of norm 0, normalised, is NaN) or its
+        squared norm leaves the range of floats; a collapsed embedding has 0 bits up to rounding.
 
     Raises:
         ValueError: The recording does not fit the model, a size is below 1, the method is unknown,
             or the mesh does not fit (:func:`spread`).
-        TypeError: The key is no JAX key, or a size no integer.
+        TypeError: The key is no JAX key, the sampler none, or a size no integer.
         RuntimeError: Missing or wrong ``session_id``.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.infonce_loss``.
@@ -704,6 +712,17 @@ def estimate_infonce(
         if wanted == num_batches:
             return estimate
         num_batches = wanted
+
+
+def check_losses(losses: ArrayLike) -> None:
+    """Refuse losses that are not finite, which a model or a recording out of range gives."""
+    known = np.asarray(losses)
+    if not np.isfinite(known).all():
+        raise ValueError(
+            f"The loss is {float(known[~np.isfinite(known)].flat[0])}: the model's parameters or "
+            "temperature are not finite, or an embedding has norm 0 or a norm beyond the range of "
+            "floats."
+        )
 
 
 def _check_target(target: float, num_batches: int, max_batches: int) -> None:

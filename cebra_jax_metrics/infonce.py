@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_integer, map_rows, wide
+from cebra_jax_metrics.arrays import as_integer, is_traced, map_rows, wide
 
 Similarity = Callable[[Array, Array, Array], tuple[Array, Array]]
 
@@ -39,7 +40,9 @@ def _dot(left: Array, right: Array) -> Array:
     return jnp.einsum("nd,md->nm", left, right, precision=lax.Precision.HIGHEST)
 
 
-def dot_similarity(reference: Array, positive: Array, negative: Array) -> tuple[Array, Array]:
+def dot_similarity(
+    reference: ArrayLike, positive: ArrayLike, negative: ArrayLike
+) -> tuple[Array, Array]:
     """Dot products, which are cosines where the embeddings are normalised.
 
     Args:
@@ -51,12 +54,18 @@ def dot_similarity(reference: Array, positive: Array, negative: Array) -> tuple[
         Similarities of the positive pairs ``(batch,)`` and of every reference to every negative
         ``(batch, negatives)``.
 
+    Raises:
+        ValueError: As :func:`infonce`.
+
     Source: CEBRA 0.6.1 ``cebra.models.criterions.dot_similarity``.
     """
+    reference, positive, negative = _embeddings(reference, positive, negative)
     return jnp.sum(reference * positive, axis=1), _dot(reference, negative)
 
 
-def euclidean_similarity(reference: Array, positive: Array, negative: Array) -> tuple[Array, Array]:
+def euclidean_similarity(
+    reference: ArrayLike, positive: ArrayLike, negative: ArrayLike
+) -> tuple[Array, Array]:
     """Minus the *squared* Euclidean distances.
 
     Args:
@@ -68,8 +77,12 @@ def euclidean_similarity(reference: Array, positive: Array, negative: Array) -> 
         Similarities of the positive pairs ``(batch,)`` and of every reference to every negative
         ``(batch, negatives)``.
 
+    Raises:
+        ValueError: As :func:`infonce`.
+
     Source: CEBRA 0.6.1 ``cebra.models.criterions.euclidean_similarity``.
     """
+    reference, positive, negative = _embeddings(reference, positive, negative)
     # Distances do not change under a shift, but the rounding of a² - 2ab + b² does: centre first.
     centre = lax.stop_gradient(jnp.mean(negative, axis=0, keepdims=True))
     left, right = reference - centre, negative - centre
@@ -114,11 +127,12 @@ def infonce(
             held in memory, also for the gradient.
 
     Returns:
-        The loss and its parts as scalars, in the dtype of the embeddings but at least float32.
+        The loss and its parts as scalars, in the dtype of the embeddings but at least float32;
+        infinite or NaN where squared norms, also over the temperature, exceed its range.
 
     Raises:
-        ValueError: The shapes do not fit together, the similarity is unknown, or the block size
-            below 1.
+        ValueError: The shapes do not fit together or have a 0, the embeddings are complex, the
+            similarity is unknown, or the block size below 1.
 
     Source: CEBRA 0.6.1 ``cebra.models.criterions.BaseInfoNCE``; Schneider, Lee & Mathis,
     *Nature* 617, 360-368 (2023).
@@ -150,8 +164,7 @@ def infonce_terms(
     block_size: int = BLOCK_SIZE,
 ) -> InfoNCE:
     """What :func:`infonce` is the mean of: loss and parts of every reference ``(batch,)``."""
-    reference, positive, negative = map(_at_least_float32, (reference, positive, negative))
-    _check_shapes(reference, positive, negative)
+    reference, positive, negative = _embeddings(reference, positive, negative)
     phi = _similarity_function(similarity)
     block_size = as_integer("block_size", block_size, at_least=1)
     temperature = jnp.asarray(temperature).astype(reference.dtype)
@@ -253,8 +266,15 @@ def _longest(rows: Array) -> Array:
 
 
 def chance_level(num_negatives: ArrayLike) -> Array:
-    """InfoNCE of an embedding that carries nothing: the log of the number of negatives, in nats."""
-    return jnp.log(jnp.asarray(num_negatives, dtype=float))
+    """InfoNCE of an embedding that carries nothing: the log of the number of negatives, in nats.
+
+    Raises:
+        ValueError: There are known to be none.
+    """
+    numbers = jnp.asarray(num_negatives, dtype=float)
+    if not is_traced(numbers) and (np.asarray(numbers) < 1).any():
+        raise ValueError(f"There has to be one negative at least, got {num_negatives!r}.")
+    return jnp.log(numbers)
 
 
 def goodness_of_fit(loss: ArrayLike, num_negatives: ArrayLike) -> Array:
@@ -275,6 +295,8 @@ def goodness_of_fit(loss: ArrayLike, num_negatives: ArrayLike) -> Array:
 
 def _at_least_float32(x: ArrayLike) -> Array:
     x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"Expected real numbers, got dtype {x.dtype}.")
     return x.astype(wide(x.dtype))
 
 
@@ -289,13 +311,15 @@ def _similarity_function(similarity: str | Similarity) -> Similarity:
     return SIMILARITIES[similarity]
 
 
-def _check_shapes(reference: Array, positive: Array, negative: Array) -> None:
+def _embeddings(*arrays: ArrayLike) -> tuple[Array, Array, Array]:
+    """Embeddings of references, positives and negatives that fit together."""
+    reference, positive, negative = map(_at_least_float32, arrays)
     shapes = [x.shape for x in (reference, positive, negative)]
     fits = (
         all(len(shape) == 2 for shape in shapes)
         and shapes[0] == shapes[1]
         and shapes[0][1] == shapes[2][1]
-        and all(shape[0] > 0 for shape in shapes)
+        and not any(0 in shape for shape in shapes)
     )
     if not fits:
         raise ValueError(
@@ -303,3 +327,4 @@ def _check_shapes(reference: Array, positive: Array, negative: Array) -> None:
             f"(negatives, features), got {shapes[0]}, {shapes[1]} and {shapes[2]}; "
             "use jax.vmap for stacks of batches."
         )
+    return reference, positive, negative

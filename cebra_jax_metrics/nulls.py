@@ -19,6 +19,7 @@ from cebra_jax_metrics.consistency import num_not_below
 from cebra_jax_metrics.encoders import Encoder
 from cebra_jax_metrics.estimation import (
     check_lengths,
+    check_losses,
     draw,
     embedded,
     evaluate,
@@ -144,7 +145,7 @@ def goodness_of_fit_test(
 
     Raises:
         ValueError: The recording or its held-out part is too short for the shifts, the split or the
-            blocks; labels never change; fewer than 2 batches; an option does not belong to the
+            blocks; labels never change; fewer than 2 batches; a loss is not finite; an option does not belong to the
             method; or what :func:`estimate_infonce` and :func:`fit` raise.
         TypeError: The sampler has no labels to shift, or the key is no JAX key.
 
@@ -195,6 +196,7 @@ def goodness_of_fit_test(
         losses = _refitted_scores(key, model, X, series, split, options, sizes, over)
     else:
         raise ValueError(f"method has to be 'shift' or 'refit', got {method!r}.")
+    check_losses(losses)
     bits = (float(chance_level(batch_size)) - losses) / math.log(2)
     reached = int(num_not_below(jnp.asarray(bits[1:], jnp.float32), jnp.float32(bits[0])))
     p_value = (1 + reached) / len(bits)

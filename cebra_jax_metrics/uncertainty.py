@@ -16,12 +16,13 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from cebra_jax_metrics.arrays import as_integer, as_key, as_numpy
+from cebra_jax_metrics.arrays import as_integer, as_key, as_numpy, check_dimensions
 from cebra_jax_metrics.estimation import (
     MAX_QUERIES_AT_ONCE,
     Estimate,
     FeatureRange,
     check_lengths,
+    check_losses,
     draw,
     embedded,
     estimate_infonce,
@@ -151,7 +152,7 @@ def bootstrap_goodness_of_fit(
             itself; their noise is taken out of the result.
         num_resamples: Number of resampled recordings.
         block_length: Steps kept together; by default chosen from the autocorrelation of the
-            embedding (:func:`optimal_block_length`).
+            embedding (:func:`optimal_block_length`), which a collapsed one does not have.
         session_id: Which encoder of a multi-session model to use.
         feature_range: Features of the embedding to score, see :func:`evaluate`.
         renormalize: Divide the embeddings in a feature range by their norm.
@@ -164,7 +165,7 @@ def bootstrap_goodness_of_fit(
 
     Raises:
         ValueError: The recording is shorter than two blocks, fewer than 2 batches or resamples are
-            asked for, or what :func:`estimate_infonce` raises.
+            asked for, the loss is not finite, or what :func:`estimate_infonce` raises.
         TypeError: The sampler is of another kind.
 
     Source: Politis & Romano, in *Exploring the Limits of Bootstrap*, 263-270 (1992).
@@ -188,6 +189,7 @@ def bootstrap_goodness_of_fit(
         stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
         over = partial(spread, mesh=mesh, axis_name=axis_name)
         losses = losses_of(as_model(model).criterion, encoders, spaces, stacked, over)
+        check_losses(losses.loss)
         return (len(spaces) * math.log(batch_size) - np.asarray(losses.loss)) / math.log(2)
 
     whole = draw(observed_key, sampler, batch_size, OBSERVED_BATCHES * num_batches)
@@ -273,20 +275,27 @@ def optimal_block_length(series: ArrayLike) -> int:
     Source: Politis & White, *Econometric Reviews* 23, 53-70 (2004), as corrected by Patton, Politis
     & White, *Econometric Reviews* 28, 372-375 (2009).
     """
-    values = as_numpy(series).astype(np.float64)
-    values = values.reshape(len(values), -1) if values.ndim else values
+    values = as_numpy(series)
+    check_dimensions(values, least=1)
+    values = values.astype(np.float64)
+    values = values.reshape(len(values), -1) if values.size else values
     if values.ndim != 2 or len(values) < 10:
         raise ValueError(f"Expected a series of at least 10 steps, got shape {np.shape(series)}.")
     if not np.isfinite(values).all():
         raise ValueError("The series contains NaN or infinity; drop these time steps.")
     changing = values[:, (values != values[:1]).any(axis=0)]
     if not changing.shape[1]:
-        raise ValueError("The series never changes: it has no autocorrelation.")
+        raise ValueError(
+            "The series (of a bootstrap: the embedding) never changes: it has no autocorrelation "
+            "to choose block_length from."
+        )
     return max(_block_length(column) for column in changing.T)
 
 
 def _block_length(values: np.ndarray) -> int:
     number = len(values)
+    # Blocks do not depend on the scale, but squares of very large or small numbers do.
+    values = np.ldexp(values, -np.frexp(np.abs(values).max())[1])
     run = max(5, math.ceil(math.sqrt(math.log10(number))))
     farthest = min(math.ceil(math.sqrt(number)) + run, number - run - 1)
     centred = values - values.mean()
@@ -365,7 +374,8 @@ def compare_goodness_of_fit(
         The difference in bits with its paired standard error, and both estimates.
 
     Raises:
-        ValueError: Fewer than 2 batches, or what :func:`estimate_infonce` raises.
+        ValueError: Fewer than 2 batches, a loss that is not finite, or what
+            :func:`estimate_infonce` raises.
         TypeError: As :func:`estimate_infonce`.
     """
     samplers = sampler if isinstance(sampler, tuple | list) else (sampler, sampler)
@@ -378,6 +388,8 @@ def compare_goodness_of_fit(
         estimate_infonce(as_key(key), model, X, each, num_batches=num_batches, **options)
         for model, each in zip((first, second), samplers, strict=True)
     ]
+    for estimate in estimates:
+        check_losses(estimate.loss)
     difference = np.asarray(estimates[0].per_batch_bits - estimates[1].per_batch_bits)
     return Comparison(
         first=estimates[0],

@@ -23,6 +23,7 @@ from cebra_jax_metrics.estimation import (
     Estimate,
     FeatureRange,
     Method,
+    check_losses,
     estimate_infonce,
 )
 from cebra_jax_metrics.model import Checkpoint, Model, as_recording, select_encoder
@@ -447,11 +448,7 @@ def _estimated(
         num_batches=num_batches,
         **options,
     )
-    if not np.isfinite(estimate.loss):
-        raise ValueError(
-            f"The loss is {float(estimate.loss)}: the model's parameters or temperature are not "
-            "finite, or an embedding has norm 0."
-        )
+    check_losses(estimate.loss)
     return estimate
 
 
@@ -543,6 +540,7 @@ def infonce_to_goodness_of_fit(
 
     Raises:
         RuntimeError: The model is not fitted.
+        TypeError: The loss is no number.
         ValueError: Both a model and numbers are given, or neither; or the model was trained without
             a batch size.
 
@@ -573,7 +571,10 @@ def infonce_to_goodness_of_fit(
     num_negatives = as_integer("batch_size", batch_size, 1) * as_integer(
         "num_sessions", num_sessions, 1
     )
-    loss = as_numpy(infonce).astype(np.float64)
+    loss = as_numpy(infonce)
+    if not any(jnp.issubdtype(loss.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"A loss has to be a real number, got dtype {loss.dtype}.")
+    loss = loss.astype(np.float64)
     bits = (np.log(num_negatives) - loss) / np.log(2)
     return bits if loss.ndim else float(bits)
 
