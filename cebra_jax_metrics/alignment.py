@@ -127,8 +127,8 @@ def align_embeddings(
 
 def _of_norm_one(rows: np.ndarray) -> np.ndarray:
     """Rows divided by their norms, whose squares may be out of the range of floats."""
-    rows = rows / np.abs(rows).max(axis=1, keepdims=True)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled = rows / np.abs(rows).max(axis=1, keepdims=True)
+    return (scaled / np.linalg.norm(scaled, axis=1, keepdims=True)).astype(rows.dtype)
 
 
 def _label_array(label: Any) -> np.ndarray:

@@ -66,8 +66,8 @@ PAIRS = 8
 REACH = 10
 # Steps that are summed over come in multiples of this, so that lengths share compilations.
 MULTIPLE = 1024
-# Sums over a batch exceed those over a recording at most by one over the probability of a step: what
-# is larger than this is rounding, of similarities over the temperature beyond 1e7.
+# Sums over a batch exceed those over a recording at most by one over the probability of a step:
+# what is larger than this is rounding, of similarities over the temperature beyond 1e7.
 LARGEST_EXPONENT = 30.0
 # Fewer batches are averaged as they are.
 MIN_BATCHES = 16

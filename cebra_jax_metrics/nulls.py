@@ -145,8 +145,8 @@ def goodness_of_fit_test(
 
     Raises:
         ValueError: The recording or its held-out part is too short for the shifts, the split or the
-            blocks; labels never change; fewer than 2 batches; a loss is not finite; an option does not belong to the
-            method; or what :func:`estimate_infonce` and :func:`fit` raise.
+            blocks; labels never change; fewer than 2 batches; a loss is not finite; an option does
+            not belong to the method; or what :func:`estimate_infonce` and :func:`fit` raise.
         TypeError: The sampler has no labels to shift, or the key is no JAX key.
 
     Source: Harris, "Nonsense correlations in neuroscience", bioRxiv 2020.11.29.402719; for the +1,

@@ -23,6 +23,7 @@ from cebra_jax_metrics import samplers
 from cebra_jax_metrics.control_variates import Compared, reduced
 from cebra_jax_metrics.infonce import InfoNCE
 
+pytestmark = pytest.mark.heavy
 EPS = float(np.finfo(np.float32).eps)
 LARGEST = float(np.finfo(np.float32).max)
 SIGMAS = 5

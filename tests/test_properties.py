@@ -370,7 +370,7 @@ def _(name, draw, kind):
         assert 0 <= int(steps.min()) <= int(steps.max()) < TIME
 
 
-@holds(*(name for name in cjm.__all__ if name.startswith("plot_")))
+@holds(*(name for name in cjm.__all__ if name.startswith(("plot_", "compare_models"))))
 def _(name, draw, kind):
     """Of pictures there are tests of their own."""
     with pytest.raises((ValueError, TypeError)):
