@@ -42,7 +42,7 @@ def main():
     X = np.random.default_rng(0).normal(size=(100, 2))
     runs = cjm.consistency_score([X, X + 1], between="runs")
     sampler = cjm.samplers.Time(len(X))
-    settings = {"architecture": "offset1-model", "batch_size": 8}
+    settings = {"architecture": "offset1-model", "batch_size": 8, "num_steps": 1}
     for extra, message in (
         ("plot", refusal(cjm.plot_consistency, *runs)),
         ("plot", refusal(cjm.plot_embedding, X)),

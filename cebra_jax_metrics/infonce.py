@@ -266,7 +266,13 @@ def _longest(rows: Array) -> Array:
 
 
 def chance_level(num_negatives: ArrayLike) -> Array:
-    """InfoNCE of an embedding that carries nothing: the log of the number of negatives, in nats.
+    """InfoNCE of an embedding that carries nothing: the log of the number of negatives.
+
+    Args:
+        num_negatives: How many there are, of any shape.
+
+    Returns:
+        The loss in nats, of the same shape.
 
     Raises:
         ValueError: There are known to be none.
@@ -283,6 +289,9 @@ def goodness_of_fit(loss: ArrayLike, num_negatives: ArrayLike) -> Array:
     Args:
         loss: InfoNCE in nats, of any shape.
         num_negatives: How many negatives that loss was computed with.
+
+    Returns:
+        Bits, of the shape of the loss.
 
     Source: CEBRA 0.6.1 ``cebra.integrations.sklearn.metrics.infonce_to_goodness_of_fit``.
 

@@ -79,7 +79,12 @@ class Criterion:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One encoder per session, and the criterion they were trained with. A pytree, nothing else."""
+    """Encoders, and the criterion they were trained with. A pytree, nothing else.
+
+    Attributes:
+        encoders: One for each session.
+        criterion: How embeddings are compared.
+    """
 
     encoders: tuple[Encoder, ...]
     criterion: Criterion = field(default_factory=Criterion)

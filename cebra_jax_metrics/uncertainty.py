@@ -377,6 +377,9 @@ def compare_goodness_of_fit(
         ValueError: Fewer than 2 batches, a loss that is not finite, or what
             :func:`estimate_infonce` raises.
         TypeError: As :func:`estimate_infonce`.
+
+    Source: this library. Common random numbers: Owen, *Monte Carlo theory, methods and examples*
+    (2013), chapter 8.
     """
     samplers = sampler if isinstance(sampler, tuple | list) else (sampler, sampler)
     if len(samplers) != 2:

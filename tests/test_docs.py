@@ -39,18 +39,6 @@ SOURCED = {
     for name, value in FUNCTIONS.items()
     if value.__module__.split(".")[1] in CITING and name not in UNSOURCED
 }
-INCOMPLETE = {  # what docstrings still lack; to be mended there and struck off here
-    "Model": {"Attributes: criterion", "Attributes: encoders"},
-    "architecture_names": {"Returns"},
-    "bootstrap_consistency": {"Source"},
-    "chance_level": {"Args: num_negatives", "Returns"},
-    "compare_goodness_of_fit": {"Source"},
-    "consistency_test": {"Source"},
-    "from_state_dict": {"Returns"},
-    "goodness_of_fit": {"Returns"},
-    "samplers.Proposal": {f"Attributes: {x}" for x in ("negative", "query", "reference")},
-    "to_state_dict": {"Args: model", "Returns"},
-}
 
 
 def is_public(name):
@@ -130,12 +118,10 @@ def missing_parts(name):
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_docstrings_are_complete(name):
-    """Those of ``INCOMPLETE`` lack just what it says: the list can only shrink."""
-    assert missing_parts(name) == INCOMPLETE.get(name, set())
+    assert missing_parts(name) == set()
 
 
 def test_lists_name_what_exists():
-    assert INCOMPLETE.keys() <= PUBLIC.keys()
     assert FUNCTIONS.keys() >= UNSOURCED
 
 

@@ -169,6 +169,9 @@ def from_state_dict(
             ``None``, is scored on all time steps at once), ``distance``, ``temperature`` and
             ``temperature_mode``.
 
+    Returns:
+        A checkpoint without history, which does not know the labels it was trained with.
+
     Raises:
         TypeError: CEBRA has no such setting.
         ValueError: The architecture is unknown, or parameters are missing, left over or of the
@@ -195,6 +198,12 @@ def to_state_dict(model: Model | Checkpoint) -> dict[str, np.ndarray]:
 
     Tied parameters are repeated under all their names; parameters of several sessions are prefixed
     ``0.``, ``1.``, ... The values become tensors with ``torch.from_numpy``.
+
+    Args:
+        model: A model or a checkpoint.
+
+    Returns:
+        Arrays by the names of ``cebra.CEBRA.solver_.model.state_dict()``.
     """
     encoders = as_model(model).encoders
     is_multi = len(encoders) > 1 or (isinstance(model, Checkpoint) and model.is_multisession)

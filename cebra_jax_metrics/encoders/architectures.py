@@ -280,7 +280,11 @@ _REFUSED = {
 
 
 def architecture_names() -> list[str]:
-    """Names of all known architectures, CEBRA's and registered ones."""
+    """Names of all known architectures.
+
+    Returns:
+        CEBRA's and registered ones, sorted.
+    """
     return sorted(_ARCHITECTURES)
 
 

@@ -199,6 +199,9 @@ def consistency_test(
         TypeError: ``key`` is no PRNG key.
         NotImplementedError: As :func:`consistency_score`.
 
+    Source: this library; for the +1, Davison & Hinkley, *Bootstrap Methods and their Application*
+    (1997), section 4.2.
+
     >>> import jax, numpy as np
     >>> rng = np.random.default_rng(0)
     >>> first = rng.normal(size=(500, 3)).cumsum(axis=0)
@@ -308,6 +311,8 @@ def bootstrap_consistency(
             resampled recording a label or bin is missing.
         TypeError: ``key`` is no PRNG key.
         NotImplementedError: As :func:`consistency_score`.
+
+    Source: as :func:`bootstrap_goodness_of_fit`.
 
     >>> import jax, numpy as np
     >>> rng = np.random.default_rng(0)

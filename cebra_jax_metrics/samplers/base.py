@@ -39,7 +39,13 @@ class Batch(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """A batch whose positives are still to be found by ``sampler.resolve(query)``."""
+    """A batch whose positives are still to be found by ``sampler.resolve(query)``.
+
+    Attributes:
+        reference: Indices of time steps ``(batch,)``, int32; of several sessions, one row each.
+        negative: The same of the negatives.
+        query: What the sampler needs to find the positives: labels, or the positives themselves.
+    """
 
     reference: Array
     negative: Array
