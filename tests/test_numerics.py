@@ -311,6 +311,18 @@ def test_control_variates_are_finite_where_plain_losses_are(
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(other))
 
 
+@pytest.mark.parametrize("scale", [1e10, 1e14])
+def test_control_variates_of_similarities_without_digits(scale):
+    """Rounding of the exponents exceeds 1: the sums of a batch are not about those of all steps."""
+    network = model(encoder("offset1-model-mse"), temperature=1e3)
+    sampler, recording = made("TimeDelta", LABELS["walk"]), X * np.float32(scale)
+    plain, controlled = (
+        estimated(network, sampler, recording, method=method) for method in METHODS
+    )
+    assert float(EPS * abs(plain.uniform)) > 1
+    assert_agree(plain, controlled)
+
+
 def test_gradient_of_control_variates_outside_jit():
     """Windows are summed about each step: what JAX does not see as a sum has no derivative."""
 
