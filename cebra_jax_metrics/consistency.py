@@ -65,7 +65,7 @@ def consistency_matrix(
         the mean of all rows; it is negative where predictions are worse than that mean.
 
     Moments in float32 tell singular values apart down to about 1e-3 of the largest; smaller ones
-    are dropped. In float64 the limit is 1e-6, as in scikit-learn 1.9; with ``cv``, it is that of all rows.
+    are dropped. In float64 it is 1e-6, as in scikit-learn 1.9; with ``cv``, it is that of all rows.
 
     Raises:
         ValueError: The embeddings differ in length, are not two-dimensional, are no real numbers,
