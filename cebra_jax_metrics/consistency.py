@@ -62,7 +62,8 @@ def consistency_matrix(
         ``(M, M)``: at i, j the R² of predicting embedding j from embedding i, averaged over j's
         columns; 1 on the diagonal unless cross-validated. A constant column counts 1, as it is
         predicted exactly. With ``cv``, R² is that of the predictions of all rows together, about
-        the mean of all rows; it is negative where predictions are worse than that mean.
+        the mean of all rows; it is negative where predictions are worse than that mean. All scores
+        of an embedding that is not finite, the diagonal with them, are NaN.
 
     Moments in float32 tell singular values apart down to about 1e-3 of the largest; smaller ones
     are dropped. In float64 it is 1e-6, as in scikit-learn 1.9; with ``cv``, it is that of all rows.

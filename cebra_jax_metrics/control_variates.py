@@ -57,7 +57,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import is_traced
-from cebra_jax_metrics.infonce import InfoNCE, infonce_terms
+from cebra_jax_metrics.infonce import (
+    SIMILARITIES,
+    InfoNCE,
+    infonce_terms,
+    largest_similarity,
+)
 from cebra_jax_metrics.sharding import spread
 
 # Pairs drawn for each reference of a batch where it is not known what to expect of its positives.
@@ -69,6 +74,8 @@ MULTIPLE = 1024
 # Sums over a batch exceed those over a recording at most by one over the probability of a step:
 # what is larger than this is rounding, of similarities over the temperature beyond 1e7.
 LARGEST_EXPONENT = 30.0
+# Exponents that may be rounded by more than this have no exponentials of a known mean.
+MOST_ROUNDING = 0.1
 # Fewer batches are averaged as they are.
 MIN_BATCHES = 16
 
@@ -110,12 +117,15 @@ class Known:
         influence: What a negative adds to the sums of all references, where ``level`` is that of
             some steps only; ``None`` where it is that of all.
         align: What to expect of minus the similarity to the positive.
+        is_precise: Whether rounding leaves the exponentials of similarities their digits; where it
+            does not, the negatives are no control.
         is_exact: Whether ``align`` is the expectation itself.
     """
 
     level: StepFunction
     influence: StepFunction | None
     align: StepFunction
+    is_precise: Array
     is_exact: bool = field(metadata={"static": True})
 
 
@@ -239,10 +249,12 @@ def known(
         summed = jnp.minimum(summed, LARGEST_EXPONENT)
         influence = of_steps(jnp.exp(summed), marks.negative, negative[1])
     align = -jnp.sum(left * (mean_positive or around)(own), axis=1)
+    largest = largest_similarity(SIMILARITIES[similarity], reference[0], negative[0])
     return Known(
         level=of_steps(level, marks.reference, reference[1]),
         influence=influence,
         align=StepFunction.of(align, reference[1]),
+        is_precise=jnp.finfo(largest.dtype).eps * largest / temperature < MOST_ROUNDING,
         is_exact=mean_positive is not None,
     )
 
@@ -302,9 +314,9 @@ def compared(
     if known.influence is None:
         drawn = uniform - math.log(len(negative))
         above = jnp.minimum(drawn - known.level.values[own], LARGEST_EXPONENT)
-        from_negatives = jnp.mean(jnp.expm1(above))
+        from_negatives = jnp.mean(jnp.expm1(jnp.where(known.is_precise, above, 0)))
     else:
-        from_negatives = known.influence.excess(negative)
+        from_negatives = jnp.where(known.is_precise, known.influence.excess(negative), 0)
     expected = known.align.values[reference] - known.align.mean
     nothing = jnp.zeros_like(known.align.mean)
     return Compared(

@@ -27,7 +27,7 @@ from cebra_jax_metrics.control_variates import (
     size_of,
 )
 from cebra_jax_metrics.encoders import Encoder
-from cebra_jax_metrics.infonce import InfoNCE, chance_level
+from cebra_jax_metrics.infonce import InfoNCE, chance_level, check_temperature
 from cebra_jax_metrics.model import (
     Checkpoint,
     Criterion,
@@ -181,12 +181,17 @@ def draw(
     return sampler.attached(batch) if isinstance(sampler, SampleInTwoSteps) else batch
 
 
-def check_batch_size(sampler: Sampler, batch_size: int | None) -> int:
-    """The size of the batches of a sampler."""
+def check_sampler(sampler: object) -> None:
+    """Refuse what is no sampler."""
     if not hasattr(sampler, "propose"):
         raise TypeError(
             f"Expected a sampler, one of cebra_jax_metrics.samplers, got {type(sampler).__name__}."
         )
+
+
+def check_batch_size(sampler: Sampler, batch_size: int | None) -> int:
+    """The size of the batches of a sampler."""
+    check_sampler(sampler)
     if not isinstance(sampler, FullBatch):
         return as_integer("batch_size", batch_size, at_least=1)
     if batch_size not in (None, sampler.batch_size):
@@ -261,6 +266,7 @@ def embedded(
     axis_name: str | None,
 ) -> tuple[tuple[Encoder, ...], tuple[Windows, ...]]:
     """The encoders that are needed, and all windows of their recordings."""
+    check_temperature(as_model(model).criterion.effective_temperature)
     encode = partial(encode_recording, mesh=mesh, axis_name=axis_name)
     if not is_joint:
         encoder = select_encoder(model, session_id)

@@ -122,7 +122,7 @@ def infonce(
         similarity: ``"cosine"`` (the dot product; ``"dot"`` says the same), ``"euclidean"``
             (minus the squared distance), or a function with the signature of
             :func:`dot_similarity`.
-        temperature: What similarities are divided by; a positive scalar.
+        temperature: What similarities are divided by; a finite scalar above 0.
         block_size: References and negatives worked on at a time: so many squared similarities are
             held in memory, also for the gradient.
 
@@ -132,7 +132,8 @@ def infonce(
 
     Raises:
         ValueError: The shapes do not fit together or have a 0, the embeddings are complex, the
-            similarity is unknown, or the block size below 1.
+            similarity is unknown, the block size below 1, or a known temperature no finite scalar
+            above 0.
 
     Source: CEBRA 0.6.1 ``cebra.models.criterions.BaseInfoNCE``; Schneider, Lee & Mathis,
     *Nature* 617, 360-368 (2023).
@@ -143,6 +144,7 @@ def infonce(
     >>> abs(float(goodness_of_fit(loss, num_negatives=4))) < 1e-6
     True
     """
+    check_temperature(temperature)
     terms = infonce_terms(
         reference,
         positive,
@@ -152,6 +154,21 @@ def infonce(
         block_size=block_size,
     )
     return jax.tree.map(jnp.mean, terms)
+
+
+def check_temperature(temperature: ArrayLike) -> None:
+    """Refuse temperatures that are no scalars or, where they are known, not finite and above 0."""
+    if np.ndim(temperature):
+        raise ValueError(f"temperature has to be a scalar, got the shape {np.shape(temperature)}.")
+    if is_traced(temperature):
+        return
+    lowest, highest = (float(x) for x in (jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max))
+    known = np.asarray(temperature)
+    is_real = known.dtype.kind in "iuf" or jnp.issubdtype(known.dtype, jnp.floating)
+    if not (is_real and lowest <= float(known) <= highest):
+        raise ValueError(
+            f"temperature has to be finite and above 0 (at least {lowest:.3g}), got {temperature}."
+        )
 
 
 def infonce_terms(
@@ -168,7 +185,7 @@ def infonce_terms(
     phi = _similarity_function(similarity)
     block_size = as_integer("block_size", block_size, at_least=1)
     temperature = jnp.asarray(temperature).astype(reference.dtype)
-    is_safe = _of_all(_largest(phi, reference, negative) / temperature < SAFE_EXPONENT)
+    is_safe = _of_all(largest_similarity(phi, reference, negative) / temperature < SAFE_EXPONENT)
 
     def per_reference(reference: Array, positive: Array) -> tuple[Array, Array, Array]:
         paired, _ = phi(reference, positive, negative[:1])
@@ -250,7 +267,7 @@ def _of_all_in_batch(size: int, is_batched: list[bool], flag: Array) -> tuple[Ar
     return jnp.all(flag), False
 
 
-def _largest(phi: Similarity, reference: Array, negative: Array) -> Array:
+def largest_similarity(phi: Similarity, reference: Array, negative: Array) -> Array:
     """The largest that a similarity, or minus it, can be (Cauchy-Schwarz); infinity if unknown."""
     reference, negative = lax.stop_gradient((reference, negative))
     if phi is dot_similarity:
@@ -278,7 +295,7 @@ def chance_level(num_negatives: ArrayLike) -> Array:
         ValueError: There are known to be none.
     """
     numbers = jnp.asarray(num_negatives, dtype=float)
-    if not is_traced(numbers) and (np.asarray(numbers) < 1).any():
+    if not is_traced(numbers) and not (np.asarray(numbers) >= 1).all():
         raise ValueError(f"There has to be one negative at least, got {num_negatives!r}.")
     return jnp.log(numbers)
 

@@ -23,6 +23,7 @@ from cebra_jax_metrics.estimation import (
     FeatureRange,
     check_lengths,
     check_losses,
+    check_sampler,
     draw,
     embedded,
     estimate_infonce,
@@ -413,7 +414,11 @@ def required_gap(model: Model | Checkpoint, sampler: Any, session_id: int | None
     Returns:
         The receptive field plus the time offset: closer rows share samples of the recording, or
         pairs of time steps.
+
+    Raises:
+        TypeError: The sampler is none.
     """
+    check_sampler(sampler)
     parts = [
         sampler,
         *(getattr(sampler, name, None) for name in ("sampler", "behavior", "conditional")),

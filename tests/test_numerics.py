@@ -311,15 +311,16 @@ def test_control_variates_are_finite_where_plain_losses_are(
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(other))
 
 
-@pytest.mark.parametrize("scale", [1e10, 1e14])
-def test_control_variates_of_similarities_without_digits(scale):
+def test_control_variates_of_similarities_without_digits():
     """Rounding of the exponents exceeds 1: the sums of a batch are not about those of all steps."""
+    sampler = made("TimeDelta", LABELS["walk"])
     network = model(encoder("offset1-model-mse"), temperature=1e3)
-    sampler, recording = made("TimeDelta", LABELS["walk"]), X * np.float32(scale)
+    loss = jax.jit(partial(estimated, sampler=sampler), static_argnames="method")
     plain, controlled = (
-        estimated(network, sampler, recording, method=method) for method in METHODS
+        loss(network, recording=X * np.float32(1e10), method=method) for method in METHODS
     )
-    assert float(EPS * abs(plain.uniform)) > 1
+    assert EPS * abs(float(plain.uniform)) > 1
+    assert np.isfinite(controlled.stderr)  # or any two would agree
     assert_agree(plain, controlled)
 
 

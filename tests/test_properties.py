@@ -514,7 +514,7 @@ FINE = {
 
 def assert_refused(call):
     """A builtin error of a wrong value or type, with a message, and none of JAX's own."""
-    with pytest.raises((ValueError, TypeError, NotImplementedError, RuntimeError)) as caught:
+    with pytest.raises((ValueError, TypeError, NotImplementedError)) as caught:
         call()
     assert type(caught.value).__module__ == builtins.__name__, repr(caught.value)
     assert len(str(caught.value)) > 20, repr(caught.value)
@@ -525,7 +525,8 @@ def assert_refused(call):
 def test_bad_arrays_are_refused(what, bad):
     call = partial(TAKE_ARRAYS[what], BAD_ARRAYS[bad])
     if bad in FINE.get(what, ()):
-        call()
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(call())]
+        assert all(np.isfinite(leaf).all() for leaf in leaves if leaf.dtype.kind in "fc")
     else:
         assert_refused(call)
 
@@ -584,6 +585,40 @@ def test_bad_sizes_are_refused(what, bad):
     assert_refused(partial(TAKE_SIZES[what], bad))
 
 
+TAKE_TEMPERATURES = {
+    "infonce": lambda bad: cjm.infonce(ones, ones, ones, temperature=bad),
+    "evaluate": lambda bad: cjm.evaluate(at_temperature(bad), X, batch),
+    "estimate_infonce": lambda bad: cjm.estimate_infonce(
+        KEY, at_temperature(bad), X, some, **SIZES
+    ),
+    "goodness_of_fit_score": lambda bad: cjm.goodness_of_fit_score(
+        cjm.Checkpoint(at_temperature(bad), {"batch_size": 4}), X, LABELS, num_batches=2
+    ),
+    "compare_goodness_of_fit": lambda bad: cjm.compare_goodness_of_fit(
+        KEY, MODEL, at_temperature(bad), X, some, **SIZES
+    ),
+}
+
+
+def at_temperature(temperature):
+    return cjm.Model((ENCODER,), cjm.Criterion("cosine", temperature))
+
+
+@pytest.mark.parametrize("what", TAKE_TEMPERATURES)
+@pytest.mark.parametrize("bad", [0, -1.0, np.nan, np.inf, 1e-40, np.ones((1, 2), np.float32)])
+def test_bad_temperatures_are_refused(what, bad):
+    """Known ones, that is: a negative one would give a loss that looks like any other."""
+    with pytest.raises(ValueError, match="temperature has to be"):
+        TAKE_TEMPERATURES[what](bad)
+
+
+@pytest.mark.parametrize("function", [cjm.chance_level, partial(cjm.goodness_of_fit, 1.0)])
+@pytest.mark.parametrize("bad", [0, -1, np.nan, [4, 0], [np.nan, 4]])
+def test_bad_numbers_of_negatives_are_refused(function, bad):
+    with pytest.raises(ValueError, match="one negative at least"):
+        function(np.asarray(bad))
+
+
 TAKE_KEYS = {
     "draw": lambda bad: cjm.draw(bad, some, 4, 3),
     "estimate_infonce": lambda bad: cjm.estimate_infonce(bad, MODEL, X, some, **SIZES),
@@ -618,6 +653,7 @@ TAKE_SAMPLERS = {
     "draw": lambda bad: cjm.draw(KEY, bad, 4, 3),
     "estimate_infonce": lambda bad: estimate(X, bad, **SIZES),
     "fit": lambda bad: fit(X, bad, batch_size=4),
+    "required_gap": lambda bad: cjm.required_gap(MODEL, bad),
     "goodness_of_fit_test": lambda bad: shifted(X, bad),
     "bootstrap_goodness_of_fit": lambda bad: resampled(X, bad),
     "Soft": lambda bad: samplers.Soft(bad, 0.5),
