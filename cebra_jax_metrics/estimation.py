@@ -643,7 +643,7 @@ def estimate_infonce(
 
     Raises:
         ValueError: The recording does not fit the model, a size is below 1, the method is unknown,
-            or the mesh does not fit (:func:`spread`).
+            a known temperature is not above 0, or the mesh does not fit (:func:`spread`).
         TypeError: The key is no JAX key, the sampler none, or a size no integer.
         RuntimeError: Missing or wrong ``session_id``.
 
