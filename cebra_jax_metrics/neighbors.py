@@ -14,7 +14,8 @@ but from a tree whose labels showed no such case in a trial.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any
 
@@ -100,7 +101,7 @@ def host_search(labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 def _search_the_faster_way(tree: "_Tree", query: np.ndarray) -> np.ndarray:
     if len(query) > TRIAL_QUERIES:
         start = time.perf_counter()
-        tree.tree.query(query[:TRIAL_QUERIES], workers=-1)
+        tree.ask(query[:TRIAL_QUERIES])
         taken = (time.perf_counter() - start) / (TRIAL_QUERIES * len(tree.labels))
         if taken > PRODUCT_SECONDS + tree.labels.shape[1] * PRODUCT_SECONDS_PER_DIMENSION:
             return _search_product(tree.labels, query)
@@ -140,8 +141,16 @@ class _Tree:
         now, then = rng.integers(0, len(labels), (2, count))
         before = np.maximum(then - rng.integers(1, 33, count), 0)  # labels may rest for a while
         near = labels[now] + (labels[then] - labels[before])
-        distance, _ = self.tree.query(near.astype(float), k=2, workers=-1)
+        distance, _ = self.ask(near.astype(float), k=2)
         return bool((distance[:, 0] == distance[:, 1]).any())
+
+    def ask(self, query: np.ndarray, k: int | Sequence[int] = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and indices from SciPy, called where Ctrl-C cannot end the call.
+
+        Its threads would outlive the call, and read a tree that may be gone.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self.tree.query, query, k=k, workers=-1).result()
 
     def search(self, query: np.ndarray) -> np.ndarray:
         """Index of the label nearest to each query."""
@@ -151,7 +160,7 @@ class _Tree:
         if self.has_ties:
             nearest[order] = self._earliest(query)
         else:
-            nearest[order] = self.first[self.tree.query(query, workers=-1)[1]]
+            nearest[order] = self.first[self.ask(query)[1]]
         return nearest
 
     def _earliest(self, query: np.ndarray) -> np.ndarray:
@@ -161,7 +170,7 @@ class _Tree:
         while asking.size:
             neighbors = min(neighbors, self.tree.n)
             ranks = range(1, neighbors + 1)
-            distance, index = self.tree.query(query[asking], k=ranks, workers=-1)
+            distance, index = self.ask(query[asking], k=ranks)
             is_nearest = distance == distance[:, :1]
             earliest = np.where(is_nearest, self.first[index], np.iinfo(np.int32).max).min(axis=1)
             nearest[asking] = earliest

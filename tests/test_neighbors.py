@@ -1,5 +1,8 @@
 """Exact nearest neighbours: on the host, under jit, and both alike."""
 
+import subprocess
+import sys
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -157,3 +160,33 @@ def test_queries_far_from_tiny_labels():
     labels, query = labels * np.float32(1e-30), query * np.float32(1e30)
     expected = squared_distances(labels, query).argmin(1)
     np.testing.assert_array_equal(nearest_on_host(labels, query, 300), expected)
+
+
+INTERRUPTED_SEARCHES = """
+import signal
+import time
+import numpy as np
+from cebra_jax_metrics.neighbors import host_search
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+rng = np.random.default_rng(0)
+labels, query = rng.normal(size=(20_000, 3)), rng.normal(size=(200_000, 3))
+interrupted = 0
+for _ in range(20):
+    search = host_search(labels)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        search(query)
+        time.sleep(1)
+    except KeyboardInterrupt:
+        interrupted += 1
+    del search
+print(interrupted)
+"""
+
+
+def test_search_that_is_interrupted():
+    """Ctrl-C, in a notebook, say: SciPy's threads still read the tree, which must not be gone."""
+    command = [sys.executable, "-c", INTERRUPTED_SEARCHES]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "20\n", "")
