@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.measure import Comparison, compare
-from cebra_jax_metrics import Criterion, Encoder, estimation, infonce, samplers
+from cebra_jax_metrics import Criterion, Encoder, draw, evaluation, infonce, samplers
 from cebra_jax_metrics.encoders import get_architecture
 from cebra_jax_metrics.model import Windows
 
@@ -32,7 +32,7 @@ def kernels(quick: bool) -> Iterator[Comparison]:
     """The losses of 500 batches of 512, gathered from 10 000 embeddings."""
     num_batches = 20 if quick else 500
     encoder = Encoder.init(KEY, "offset1-model", NEURONS)
-    batch = estimation.draw(KEY, samplers.Time(STEPS), BATCH_SIZE, num_batches)
+    batch = draw(KEY, samplers.Time(STEPS), BATCH_SIZE, num_batches)
     limit = bare_sum(num_batches * BATCH_SIZE**2)
     for similarity in ("cosine", "euclidean"):
         for width in (3, 8, 32):
@@ -40,7 +40,7 @@ def kernels(quick: bool) -> Iterator[Comparison]:
             criterion = Criterion(similarity)
 
             def ours(windows: Windows = windows, criterion: Criterion = criterion) -> object:
-                losses = estimation._losses(criterion, (encoder,), (windows,), None, batch)
+                losses = evaluation.plain_losses(criterion, (encoder,), (windows,), None, batch)
                 return jax.block_until_ready(losses)
 
             case = f"InfoNCE, {similarity}, d = {width}, {num_batches} batches of {BATCH_SIZE}"

@@ -10,18 +10,19 @@ from cebra_jax_metrics import (
     Encoder,
     Model,
     estimate_infonce,
-    estimation,
+    evaluation,
     goodness_of_fit_score,
     goodness_of_fit_test,
     model,
     samplers,
 )
 from cebra_jax_metrics.demo import load_demo
+from cebra_jax_metrics.samplers import drawing
 
 KEY = jax.random.key(0)
 JITTED = {
-    "_propose": estimation._propose,
-    "_losses": estimation._losses,
+    "_propose": drawing._propose,
+    "plain_losses": evaluation.plain_losses,
     "_encode_chunk": model._encode_chunk,
 }
 

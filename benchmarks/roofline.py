@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.data import BATCH_SIZE, LABELS, NEURONS, STEPS, recording
 from benchmarks.measure import Comparison, warm
-from cebra_jax_metrics import Encoder, Model, draw, estimation, samplers
+from cebra_jax_metrics import Encoder, Model, draw, evaluation, samplers
 from cebra_jax_metrics.encoders import get_architecture
 from cebra_jax_metrics.model import Criterion, encode_recording
 
@@ -183,7 +183,7 @@ def measured() -> dict[str, float]:
 
     def ours() -> object:
         return jax.block_until_ready(
-            estimation._losses(model.criterion, (encoder,), (windows,), None, batch)
+            evaluation.plain_losses(model.criterion, (encoder,), (windows,), None, batch)
         )
 
     return {

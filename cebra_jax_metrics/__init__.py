@@ -12,7 +12,8 @@ from cebra_jax_metrics.checkpoints import (
 )
 from cebra_jax_metrics.consistency import NullTest, consistency_matrix, shifted_consistency
 from cebra_jax_metrics.encoders import Encoder, architecture_names, register_architecture
-from cebra_jax_metrics.estimation import Estimate, draw, estimate_infonce, evaluate
+from cebra_jax_metrics.estimation import Estimate, estimate_infonce
+from cebra_jax_metrics.evaluation import evaluate
 from cebra_jax_metrics.infonce import (
     InfoNCE,
     chance_level,
@@ -44,6 +45,7 @@ from cebra_jax_metrics.plotting import (
     plot_loss,
     plot_temperature,
 )
+from cebra_jax_metrics.samplers.drawing import draw
 from cebra_jax_metrics.sharding import spread
 from cebra_jax_metrics.training import TrainingError, TrainingState, fit
 from cebra_jax_metrics.uncertainty import (

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cebra_jax_metrics.arrays import as_array, as_integer, as_numpy, check_dimensions
+from cebra_jax_metrics.arrays import as_array, as_integer, as_numpy, check_dimensions, unit_rows
 
 REACH = 2  # an empty bin takes the steps of the bins within 1 of it, then within 2
 
@@ -122,13 +122,7 @@ def align_embeddings(
                 f"{bins.names[empty]}) is 0 and cannot be normalised: use fewer bins, or pass "
                 "normalize=False."
             )
-    return [_of_norm_one(rows) for rows in aligned]
-
-
-def _of_norm_one(rows: np.ndarray) -> np.ndarray:
-    """Rows divided by their norms, whose squares may be out of the range of floats."""
-    scaled = rows / np.abs(rows).max(axis=1, keepdims=True)
-    return (scaled / np.linalg.norm(scaled, axis=1, keepdims=True)).astype(rows.dtype)
+    return [unit_rows(rows) for rows in aligned]
 
 
 def _label_array(label: Any) -> np.ndarray:

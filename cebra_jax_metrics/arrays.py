@@ -98,6 +98,17 @@ def check_finite(x: Array | np.ndarray, what: str, start: int = 0) -> None:
     )
 
 
+def unit_rows(x: Any) -> Any:
+    """Rows ``(rows, features)`` of NumPy or JAX divided by their norms; rows of zeros become NaN.
+
+    In units of the largest feature of a row: the squares of others may leave the range of floats.
+    """
+    xp = jnp if isinstance(x, Array) else np
+    largest = xp.abs(x).max(axis=1, keepdims=True)
+    scaled = x / (lax.stop_gradient(largest) if xp is jnp else largest)
+    return (scaled / xp.linalg.norm(scaled, axis=1, keepdims=True)).astype(x.dtype)
+
+
 def first_place(is_wrong: Array | np.ndarray, start: int = 0) -> str:
     """Where the first true value of a mask ``(time,)`` or ``(time, features)`` is, in words."""
     rows = is_wrong.reshape(is_wrong.shape[0], -1)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.alignment import bin_means
-from cebra_jax_metrics.arrays import as_array, as_integer, check_dimensions, wide
+from cebra_jax_metrics.arrays import as_array, as_integer, check_dimensions, unit_rows, wide
 from cebra_jax_metrics.sharding import first_item, spread
 
 Terms = Callable[[Array, Array], Any]
@@ -429,8 +429,7 @@ def _resampled(
 def _aligned(x: Array, place: Array, *, num_bins: int, margin: int, reach: int) -> Array:
     """Mean embedding of every bin, normalised."""
     means, _ = bin_means(x, place, jnp.ones(len(x), bool), num_bins=num_bins, reach=reach)
-    rows = means[margin : num_bins - margin]
-    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return unit_rows(means[margin : num_bins - margin])
 
 
 class _Rows:

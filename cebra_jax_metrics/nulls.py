@@ -17,10 +17,9 @@ from jax.typing import ArrayLike
 from cebra_jax_metrics.arrays import as_integer, as_key
 from cebra_jax_metrics.consistency import num_not_below
 from cebra_jax_metrics.encoders import Encoder
-from cebra_jax_metrics.estimation import (
+from cebra_jax_metrics.evaluation import (
     check_lengths,
     check_losses,
-    draw,
     embedded,
     evaluate,
     length_of,
@@ -29,6 +28,7 @@ from cebra_jax_metrics.estimation import (
 from cebra_jax_metrics.infonce import InfoNCE, chance_level
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, Windows, as_model, select_encoder
 from cebra_jax_metrics.samplers import Batch, DeltaNormal, Discrete, Mixed, Sampler, TimeDelta
+from cebra_jax_metrics.samplers.drawing import draw
 from cebra_jax_metrics.sharding import spread
 from cebra_jax_metrics.training import fit
 from cebra_jax_metrics.uncertainty import (

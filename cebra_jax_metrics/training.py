@@ -25,14 +25,7 @@ from cebra_jax_metrics.arrays import (
     wide,
 )
 from cebra_jax_metrics.encoders import Encoder
-from cebra_jax_metrics.estimation import (
-    MAX_QUERIES_AT_ONCE,
-    check_batch_size,
-    check_lengths,
-    draw,
-    losses_of,
-    subspaces,
-)
+from cebra_jax_metrics.evaluation import check_lengths, losses_of, subspaces
 from cebra_jax_metrics.infonce import SIMILARITIES, InfoNCE
 from cebra_jax_metrics.model import Checkpoint, Criterion, Model, Windows, as_model, as_recording
 from cebra_jax_metrics.samplers import (
@@ -48,6 +41,7 @@ from cebra_jax_metrics.samplers import (
     Soft,
     Time,
 )
+from cebra_jax_metrics.samplers.drawing import MAX_QUERIES_AT_ONCE, check_batch_size, draw
 from cebra_jax_metrics.sharding import placed, spread
 
 Optimizer = Any  # optax.GradientTransformation, or a function of the learning rate that makes one

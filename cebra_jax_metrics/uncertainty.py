@@ -17,16 +17,12 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import as_integer, as_key, as_numpy, check_dimensions
-from cebra_jax_metrics.estimation import (
-    MAX_QUERIES_AT_ONCE,
-    Estimate,
+from cebra_jax_metrics.estimation import Estimate, estimate_infonce
+from cebra_jax_metrics.evaluation import (
     FeatureRange,
     check_lengths,
     check_losses,
-    check_sampler,
-    draw,
     embedded,
-    estimate_infonce,
     length_of,
     losses_of,
     rows_at,
@@ -34,6 +30,7 @@ from cebra_jax_metrics.estimation import (
 )
 from cebra_jax_metrics.model import Checkpoint, Model, as_model, select_encoder
 from cebra_jax_metrics.samplers import DeltaNormal, Discrete, Mixed, Sampler, Time, TimeDelta
+from cebra_jax_metrics.samplers.drawing import MAX_QUERIES_AT_ONCE, check_sampler, draw
 from cebra_jax_metrics.sharding import spread
 
 IntervalKind = Literal["basic", "percentile", "standard"]

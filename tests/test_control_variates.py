@@ -286,15 +286,15 @@ def test_under_jit_and_vmap_and_in_chunks_and_on_a_mesh():
 
 
 def test_lengths_share_compilations(monkeypatch):
-    from cebra_jax_metrics import estimation
+    from cebra_jax_metrics import estimation, evaluation
 
-    for name, statics in (
-        ("_controlled_losses", ("batch_size",)),
-        ("_known", ("mesh", "axis_name")),
-        ("_probabilities", ("sizes",)),
+    for module, name, statics in (
+        (estimation, "controlled_losses", ("batch_size",)),
+        (evaluation, "_known", ("mesh", "axis_name")),
+        (evaluation, "_probabilities", ("sizes",)),
     ):
-        function = chex.assert_max_traces(getattr(estimation, name).__wrapped__, n=1)
-        monkeypatch.setattr(estimation, name, jax.jit(function, static_argnames=statics))
+        function = chex.assert_max_traces(getattr(module, name).__wrapped__, n=1)
+        monkeypatch.setattr(module, name, jax.jit(function, static_argnames=statics))
     for seed, length in enumerate((STEPS, 200, 120)):
         sampler = samplers.TimeDelta(LABELS[:length], 3)
         estimate_infonce(

@@ -23,7 +23,7 @@ from cebra_jax_metrics import (
     infonce,
     model,
 )
-from cebra_jax_metrics.samplers import Batch, DeltaNormal, Time, TimeDelta
+from cebra_jax_metrics.samplers import Batch, DeltaNormal, Time, TimeDelta, drawing
 
 from .conftest import GOLDEN
 
@@ -140,8 +140,8 @@ def test_learned_temperature_is_clamped():
 def test_one_trace_per_size_class(monkeypatch):
     """Other keys, values, models and lengths of the same class compile nothing anew."""
     for module, name in (
-        (estimation, "_propose"),
-        (estimation, "_losses"),
+        (drawing, "_propose"),
+        (estimation, "plain_losses"),
         (estimation, "_summarise"),
         (estimation, "_combined"),
         (model, "_encode_chunk"),

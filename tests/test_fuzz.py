@@ -28,7 +28,7 @@ from hypothesis import HealthCheck
 import cebra_jax_metrics as cjm
 from cebra_jax_metrics import CheckpointError
 from cebra_jax_metrics.arrays import check_finite
-from cebra_jax_metrics.cli import main
+from cebra_jax_metrics.cli import files, main
 from cebra_jax_metrics.model import CHUNK, encode_recording
 from tests.test_torch_zip import FLOATS, estimator, expanded, module, pack, payload, storage
 
@@ -519,6 +519,20 @@ def test_members_that_are_no_arrays(tmp_path, golden_folder, recording):
     rezip(tmp_path / "data.npz", [("text.npy", b"text"), ("text", b""), *members.items()])
     model = golden_folder / "offset1-model.pt"
     assert check_command("score", model, tmp_path / "data.npz", "--num-batches", 2)
+
+
+def test_bombs_of_arrays(tmp_path, golden_folder, recording, monkeypatch, capsys):
+    """Zeros compress a thousandfold; where that would fill the memory, nothing is unpacked."""
+    model, path = golden_folder / "offset1-model.pt", tmp_path / "data.npz"
+    arrays = {"X": recording["X"], "y": recording["position"]}
+    np.savez_compressed(path, **arrays, zeros=np.zeros(2 * 10**5))
+    assert check_command("score", model, path, "--num-batches", 2)
+    monkeypatch.setattr(files, "MOST_BYTES", 10**6)
+    assert check_command("score", model, path, "--num-batches", 2)  # but a few times its size
+    np.savez_compressed(path, **arrays, zeros=np.zeros(2 * 10**7))
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(ValueError, match=r"data\.npz.*0\.1 GiB, over 300 times its size"):
+        files.Recording(str(path))
 
 
 # Values that are not finite

@@ -23,6 +23,7 @@ from cebra_jax_metrics import (
     estimate_infonce,
     estimation,
     evaluate,
+    evaluation,
     infonce,
     model,
     neighbors,
@@ -35,6 +36,7 @@ from cebra_jax_metrics.demo import load_demo
 from cebra_jax_metrics.encoders import layers
 from cebra_jax_metrics.infonce import InfoNCE
 from cebra_jax_metrics.model import encode_recording
+from cebra_jax_metrics.samplers import drawing
 
 from .test_estimation import KEY, LABELS, MODEL, SAMPLER, SIZES, X
 from .test_samplers import SAMPLERS
@@ -63,7 +65,7 @@ BATCHES = (
 )
 WEIGHTS = SAMPLER.probabilities(1024)
 MARKS = control_variates.Marks.of(*WEIGHTS, *WEIGHTS, 10**7)
-KNOWN = estimation._known(
+KNOWN = evaluation._known(
     CRITERION, (ENCODER,), (WINDOWS,), WEIGHTS, (MARKS,), SAMPLER, mesh=None, axis_name=None
 )
 ALL_SAMPLERS = {
@@ -142,27 +144,27 @@ CALLS = {
             (KEY_DATA,),
         ),
     ],
-    "estimation._propose": [
+    "samplers.drawing._propose": [
         (
-            with_key(partial(estimation._propose, batch_size=16)),
+            with_key(partial(drawing._propose, batch_size=16)),
             (KEY_DATA, SAMPLER, np.arange(4, dtype=np.uint32)),
         ),
     ],
-    "estimation._losses": [(estimation._losses, batches) for batches in BATCHES],
-    "estimation._controlled_losses": [
+    "evaluation.plain_losses": [(evaluation.plain_losses, batches) for batches in BATCHES],
+    "evaluation.controlled_losses": [
         (
-            partial(estimation._controlled_losses, batch_size=8),
+            partial(evaluation.controlled_losses, batch_size=8),
             (*shared, KNOWN * len(shared[1]), batch),
         )
         for *shared, batch in BATCHES
     ],
-    "estimation._probabilities": [
-        (partial(estimation._probabilities, sizes=(1024,) * sessions), (sampler,))
+    "evaluation._probabilities": [
+        (partial(evaluation._probabilities, sizes=(1024,) * sessions), (sampler,))
         for sampler, sessions in ((SAMPLER, 1), (ALL_SAMPLERS["discrete"], 1), (MULTISESSION, 2))
     ],
-    "estimation._known": [
+    "evaluation._known": [
         (
-            partial(estimation._known, mesh=None, axis_name=None),
+            partial(evaluation._known, mesh=None, axis_name=None),
             (CRITERION, (ENCODER,), (WINDOWS,), WEIGHTS, (marks,), SAMPLER),
         )
         for marks in (MARKS, MARKS._replace(some=(STEPS[0][0], STEPS[0][0])))
@@ -182,12 +184,12 @@ CALLS = {
             ),
         ),
     ],
-    "estimation._uniform_terms": [
-        (estimation._uniform_terms, (CRITERION, WINDOWS.rows, WINDOWS.rows)),
+    "evaluation.uniform_terms": [
+        (evaluation.uniform_terms, (CRITERION, WINDOWS.rows, WINDOWS.rows)),
     ],
-    "estimation._full_losses": [
+    "evaluation.full_losses": [
         (
-            estimation._full_losses,
+            evaluation.full_losses,
             (CRITERION, ENCODER, WINDOWS, jnp.float32(0), draw(KEY, FULL, None, 2)),
         ),
     ],
@@ -299,7 +301,7 @@ def test_lowers_for_every_platform(name):
         products = re.findall(r"stablehlo\.dot_general.*", text)
         assert all("precision = [HIGHEST, HIGHEST]" in product for product in products)
         assert "stablehlo.convolution" not in text
-        if name in ("infonce", "consistency._matrix", "estimation._losses", "model._encode"):
+        if name in ("infonce", "consistency._matrix", "evaluation.plain_losses", "model._encode"):
             assert products
 
 

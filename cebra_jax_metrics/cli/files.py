@@ -12,6 +12,8 @@ import numpy as np
 from cebra_jax_metrics.model import Checkpoint, select_encoder
 
 Arrays = dict[str, np.ndarray]
+# Spikes compress well, bombs a thousandfold: what is beyond both of these is not unpacked.
+MOST_BYTES, MOST_TIMES = 2**30, 300
 
 
 class Recording:
@@ -153,6 +155,13 @@ def _read_npz(path: str) -> Arrays:
                 ".csv, by its name)."
             )
         try:
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > max(MOST_BYTES, MOST_TIMES * Path(path).stat().st_size):
+                raise ValueError(
+                    f"it would take {unpacked / 2**30:.1f} GiB, over {MOST_TIMES} times its size: "
+                    "if it is what you trust it to be, save it again with numpy.savez"
+                )
             with np.load(file, allow_pickle=False) as data:
                 return dict(_readable(data))
         except Exception as error:  # whatever NumPy stumbles over in a damaged file

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from cebra_jax_metrics.arrays import unit_rows
+
 Parameters = Mapping[str, Array]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -142,7 +144,7 @@ class Beside(Layer):
 GELU = Function(lambda x: jax.nn.gelu(x, approximate=False))
 TANH = Function(jnp.tanh)
 FLATTEN = Function(lambda x: x)
-NORMALIZE = Function(lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True))
+NORMALIZE = Function(unit_rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,14 +18,8 @@ from jax.sharding import Mesh
 
 from cebra_jax_metrics.arrays import as_integer, as_numpy, check_dimensions, check_finite
 from cebra_jax_metrics.checkpoints import import_once, load
-from cebra_jax_metrics.estimation import (
-    MAX_BATCHES,
-    Estimate,
-    FeatureRange,
-    Method,
-    check_losses,
-    estimate_infonce,
-)
+from cebra_jax_metrics.estimation import MAX_BATCHES, Estimate, Method, estimate_infonce
+from cebra_jax_metrics.evaluation import FeatureRange, check_losses
 from cebra_jax_metrics.model import Checkpoint, Model, as_recording, select_encoder
 from cebra_jax_metrics.samplers import (
     DeltaNormal,
