@@ -13,6 +13,7 @@ from cebra_jax_metrics.metrics import Consistency, ConsistencyTest, goodness_of_
 from cebra_jax_metrics.metrics.scores import as_checkpoint
 from cebra_jax_metrics.model import Checkpoint, Model
 from cebra_jax_metrics.nulls import GoodnessOfFitTest
+from cebra_jax_metrics.uncertainty import Bootstrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -390,12 +391,13 @@ def plot_distribution(
     dpi: float = 100,
     **kwargs: Any,
 ) -> "Axes":
-    """What a score was made of: the batches of an estimate, or a score against its null.
+    """What a score was made of: batches, resampled recordings, or the null it is held against.
 
     Args:
         result: An :class:`Estimate`, of which the goodness of fit of every batch is drawn, with
-            its mean and the standard error of that; or a :class:`GoodnessOfFitTest`, of which the
-            null is drawn, with the observed score.
+            its mean and the standard error of that; a :class:`Bootstrap` of a goodness of fit, of
+            which the resampled scores are; or a :class:`GoodnessOfFitTest`, of which the null is,
+            each with the observed score.
         ax: Where to draw; a new figure by default.
         bins: Of the histogram, as ``matplotlib.axes.Axes.hist`` takes them.
         color: Colour of the histogram.
@@ -420,13 +422,18 @@ def plot_distribution(
         values, line = np.asarray(result.per_batch_bits), float(result.bits)
         error = "" if len(values) == 1 else f" ± {float(result.bits_stderr):.4f}"
         name, of_what = f"mean {line:.4f}{error} bits", "batches"
+    elif isinstance(result, Bootstrap) and np.ndim(result.samples) == 1:
+        values, line = np.asarray(result.samples), float(result.observed)
+        name = f"observed {line:.4f} ± {float(result.stderr):.4f} bits"
+        of_what = "resampled recordings"
     elif isinstance(result, GoodnessOfFitTest):
         values, line = np.asarray(result.null), result.observed
         name, of_what = f"observed {line:.4f} bits, p = {result.p_value:.3g}", "null samples"
     else:
         kept = ", which keeps no samples of its null" * isinstance(result, UNSAMPLED)
         raise TypeError(
-            f"Expected an Estimate or a GoodnessOfFitTest, got {type(result).__name__}{kept}."
+            "Expected an Estimate, a GoodnessOfFitTest or a Bootstrap of a goodness of fit, got "
+            f"{type(result).__name__}{kept}."
         )
     if not np.isfinite(line) or not np.isfinite(values).all():
         raise ValueError("Expected finite values, got NaN or infinity: look for them in the model.")

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cebra_jax_metrics import (
+    Bootstrap,
     Checkpoint,
     Consistency,
     Encoder,
@@ -271,6 +272,18 @@ def test_null_of_a_test(axes):
     assert axes.get_ylabel() == "null samples (99 in all)"
 
 
+def test_resampled_recordings(axes):
+    samples = RNG.normal(size=50)
+    result = Bootstrap(np.float64(0.3), samples, 20)
+    plot_distribution(result, axes, bins=7)
+    heights = [patch.get_height() for patch in axes.patches]
+    np.testing.assert_array_equal(heights, np.histogram(samples, 7)[0])
+    assert line_of(axes).get_xdata()[0] == 0.3
+    name = axes.get_legend().get_texts()[0].get_text()
+    assert name == f"observed 0.3000 ± {float(result.stderr):.4f} bits"
+    assert axes.get_ylabel() == "resampled recordings (50 in all)"
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -297,6 +310,7 @@ def test_null_of_a_test(axes):
         (lambda: plot_embedding(EMBEDDING, ["a"] * 30), ValueError, "one number"),
         (lambda: plot_embedding(EMBEDDING, ax=Figure().subplots()), ValueError, "projection"),
         (lambda: plot_distribution(np.zeros(3)), TypeError, "ndarray"),
+        (lambda: plot_distribution(Bootstrap(*np.zeros((2, 5, 1)), 2)), TypeError, "of a goodness"),
         (lambda: plot_distribution(NullTest(*np.zeros((5, 1)))), TypeError, "keeps no samples"),
         (lambda: plot_distribution(estimate([[0.1], [0.2]])), ValueError, r"several \(2, 1\)"),
         (lambda: plot_distribution(estimate([0.1, np.nan])), ValueError, "got NaN"),
