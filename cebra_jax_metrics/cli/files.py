@@ -162,8 +162,12 @@ def _read_npz(path: str) -> Arrays:
                     f"it would take {unpacked / 2**30:.1f} GiB, over {MOST_TIMES} times its size: "
                     "if it is what you trust it to be, save it again with numpy.savez"
                 )
+            file.seek(0)
             with np.load(file, allow_pickle=False) as data:
-                return dict(_readable(data))
+                arrays = dict(_readable(data))
+            if not arrays:
+                raise ValueError("it holds no arrays of numbers")
+            return arrays
         except Exception as error:  # whatever NumPy stumbles over in a damaged file
             raise ValueError(f"Cannot read {path!r} as an .npz file ({error}).") from error
 
