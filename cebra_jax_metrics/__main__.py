@@ -2,6 +2,6 @@
 
 import sys
 
-from cebra_jax_metrics.cli import main
+from cebra_jax_metrics.cli import program
 
-sys.exit(main())
+sys.exit(program())

@@ -14,8 +14,8 @@ but from a tree whose labels showed no such case in a trial.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any
 
@@ -34,6 +34,8 @@ TRIAL_QUERIES = 128
 PRODUCT_SECONDS, PRODUCT_SECONDS_PER_DIMENSION = 1e-9, 1e-11
 QUERY_BLOCK, LABEL_BLOCK = 512, 2048
 CANDIDATE_VALUES = 2**22  # how many are compared exactly at a time: bounds memory
+# Trees of the last searches that were interrupted: threads that read them may go on for a while.
+STILL_READ: deque[Any] = deque(maxlen=8)
 
 
 def nearest(
@@ -145,12 +147,12 @@ class _Tree:
         return bool((distance[:, 0] == distance[:, 1]).any())
 
     def ask(self, query: np.ndarray, k: int | Sequence[int] = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and indices from SciPy, called where Ctrl-C cannot end the call.
-
-        Its threads would outlive the call, and read a tree that may be gone.
-        """
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(self.tree.query, query, k=k, workers=-1).result()
+        """Distances and indices from SciPy, whose threads outlive a call that Ctrl-C ends."""
+        try:
+            return self.tree.query(query, k=k, workers=-1)
+        except BaseException:
+            STILL_READ.append(self.tree)
+            raise
 
     def search(self, query: np.ndarray) -> np.ndarray:
         """Index of the label nearest to each query."""

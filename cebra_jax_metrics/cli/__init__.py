@@ -1,6 +1,7 @@
 """The command ``cebra-jax-metrics``."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,16 @@ import jax
 from cebra_jax_metrics.cli.parser import PROGRAM, make_parser
 
 OK, MISTAKE, INTERRUPTED = 0, 2, 130  # as docs/command_line.md says
+
+
+def program() -> int:
+    """:func:`main` as a program of its own, which Ctrl-C ends at once.
+
+    A KeyboardInterrupt may come up inside of JAX, where it is ignored or turned into other errors.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else someone ignores it
+        signal.signal(signal.SIGINT, _end)
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.showwarning = shown
     return OK
+
+
+def _end(*_: Any) -> None:
+    if sys.stderr.isatty():
+        os.write(2, b"\n")  # below a progress bar
+    os._exit(INTERRUPTED)
 
 
 def _say(message: str) -> None:
