@@ -90,6 +90,8 @@ class Model:
     criterion: Criterion = field(default_factory=Criterion)
 
     def __repr__(self) -> str:
+        if not _are_encoders(self.encoders):
+            return f"Model({self.encoders!r}, {self.criterion!r})"
         if len(self.encoders) == 1:
             return f"Model({self.encoders[0]!r}, {self.criterion!r})"
         first, neurons = self.encoders[0], "/".join(str(e.num_neurons) for e in self.encoders)
@@ -134,13 +136,24 @@ class Checkpoint:
 def as_model(model: Model | Checkpoint) -> Model:
     """The model itself, or that of a checkpoint."""
     if isinstance(model, Checkpoint):
-        return model.model
-    if isinstance(model, Model):
-        return model
-    raise TypeError(
-        f"Expected a Model or a Checkpoint, got {type(model).__name__}; load(path) and "
-        "from_cebra(estimator) make a Checkpoint."
-    )
+        model = model.model
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"Expected a Model or a Checkpoint, got {type(model).__name__}; load(path) and "
+            "from_cebra(estimator) make a Checkpoint."
+        )
+    if not _are_encoders(model.encoders):
+        raise TypeError(
+            "Expected a model of one encoder or several, Model((encoder,)) or "
+            f"Model((first, second)), got {model}."
+        )
+    return model
+
+
+def _are_encoders(encoders: Any) -> bool:
+    if not isinstance(encoders, tuple | list) or not encoders:
+        return False
+    return all(isinstance(encoder, Encoder) for encoder in encoders)
 
 
 def select_encoder(model: Model | Checkpoint, session_id: int | None) -> Encoder:

@@ -148,6 +148,26 @@ def test_rows(score, save_npz, recording, rows, kept):
     assert result["num_steps"] == len(recording["X"][kept])
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "place"),
+    [
+        ("X", "20:", "row 30, column 2"),
+        ("X", "-100:", "row 30, column 2"),
+        ("place", ":", "row 30"),
+    ],
+)
+def test_values_that_are_not_finite_are_named_by_the_rows_of_the_file(
+    run, save_npz, recording, name, rows, place
+):
+    arrays = {"X": recording["X"].copy(), "place": recording["position"].copy()}
+    arrays[name][30, 2 if name == "X" else ...] = np.nan
+    command = "score", FAST, save_npz(**arrays), *FEW, "--labels", "place"
+    code, out, err = run(*command, f"--rows={rows}")
+    assert (code, out) == (2, "")
+    assert re.search(f"NaN, first at {place}", err)
+    assert run(*command, "--rows=31:")[0] == 0
+
+
 def test_seeds(score):
     first = score(FAST, RECORDING, *FEW, "--seed", 1)
     assert first["seed"] == 1

@@ -327,3 +327,12 @@ def test_sessions_are_chosen():
         embed(model, X, 2)
     with pytest.raises(ValueError, match="model for session 0"):
         embed(model, X, 0)
+
+
+@pytest.mark.parametrize("encoders", [MODEL.encoders[0], (), (1,), None])
+def test_models_without_encoders(encoders):
+    """Refused on use, since a Model is also what axes and gradients of models are given as."""
+    broken = Model(encoders)
+    for use in (embed, partial(estimate_infonce, KEY, sampler=SAMPLER, **SIZES)):
+        with pytest.raises(TypeError, match=r"Model\(\(encoder,\)\).*got Model\("):
+            use(broken, X)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cebra_jax_metrics.arrays import check_finite
 from cebra_jax_metrics.model import Checkpoint, select_encoder
 
 Arrays = dict[str, np.ndarray]
@@ -86,6 +87,8 @@ class Recording:
             assert checkpoint is not None  # noqa: S101 (of_training names its labels)
             labels = self._fitting(checkpoint, name, X, arguments.session)
         rows = arguments.rows or slice(None)
+        for array, kind in ((X, f"the recording {name!r}"), *((y, "the labels") for y in labels)):
+            check_finite(array[rows], kind, rows.indices(len(array))[0])
         return X[rows], [label[rows] for label in labels]
 
     def _named(self, name: str) -> np.ndarray:
