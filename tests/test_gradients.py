@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from cebra_jax_metrics import (
@@ -78,7 +79,7 @@ def test_hessian_of_a_model(name):
     """Of the first few parameters and the temperature, symmetric and as differences say."""
     with jax.enable_x64(True):
         model, batch = make(name, jnp.float64), draw(KEY, SAMPLER, 6, 1)
-        flat, restore = jax.flatten_util.ravel_pytree(model)
+        flat, restore = ravel_pytree(model)
 
         def loss(few):
             return evaluate(restore(flat.at[:5].add(few)), X, batch).loss[0]
