@@ -117,6 +117,7 @@ def held_out(embeddings, cv):
 AT_CUT_OFF = ("scales", "condition 1e+10")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("cv", [2, 5, 20])
 @pytest.mark.parametrize(
     "name", [name for name in CASES if len(CASES[name][0]) >= 20 and name not in AT_CUT_OFF]

@@ -45,6 +45,7 @@ def bits(model, X):
     return estimate_infonce(KEY, model, X, SAMPLER, batch_size=8, num_batches=3).bits
 
 
+@pytest.mark.heavy
 @each
 def test_first_derivatives_against_finite_differences(name):
     """Of parameters, temperature and recording together, along random directions."""

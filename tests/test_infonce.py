@@ -76,6 +76,7 @@ def test_value_and_gradient_are_finite(similarity, dtype, temperature):
     assert abs(float(value) - expected.loss) <= 5e-6 * (1 + largest)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_gradient_against_finite_differences(similarity):
     with jax.enable_x64(True):

@@ -282,6 +282,7 @@ def test_bootstrap_of_consistency_between_runs():
         bootstrap_consistency(KEY, runs(), "runs", num_resamples=1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("discrete", [False, True])
 def test_bootstrap_of_consistency_between_datasets(discrete):
     rng = np.random.default_rng(0)
@@ -304,6 +305,7 @@ def test_bootstrap_of_consistency_between_datasets(discrete):
     np.testing.assert_allclose(spread.samples, result.samples, atol=1e-9)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("missing", [False, True])
 def test_embeddings_of_one_dataset_are_resampled_together(missing):
     """A run that is there twice adds nothing, also if one lacks a row."""
