@@ -288,13 +288,15 @@ def test_under_jit_and_vmap_and_in_chunks_and_on_a_mesh():
 def test_lengths_share_compilations(monkeypatch):
     from cebra_jax_metrics import estimation, evaluation
 
+    patched = []
     for module, name, statics in (
         (estimation, "controlled_losses", ("batch_size",)),
         (evaluation, "_known", ("mesh", "axis_name")),
         (evaluation, "_probabilities", ("sizes",)),
     ):
         function = chex.assert_max_traces(getattr(module, name).__wrapped__, n=1)
-        monkeypatch.setattr(module, name, jax.jit(function, static_argnames=statics))
+        patched.append(jax.jit(function, static_argnames=statics))
+        monkeypatch.setattr(module, name, patched[-1])
     for seed, length in enumerate((STEPS, 200, 120)):
         sampler = samplers.TimeDelta(LABELS[:length], 3)
         estimate_infonce(
@@ -306,6 +308,7 @@ def test_lengths_share_compilations(monkeypatch):
             num_batches=300,
             method="control_variates",
         )
+    assert all(function._cache_size() for function in patched)  # each was called
 
 
 def test_target_takes_fewer_batches():

@@ -139,6 +139,7 @@ def test_learned_temperature_is_clamped():
 
 def test_one_trace_per_size_class(monkeypatch):
     """Other keys, values, models and lengths of the same class compile nothing anew."""
+    patched = []
     for module, name in (
         (drawing, "_propose"),
         (estimation, "plain_losses"),
@@ -153,11 +154,13 @@ def test_one_trace_per_size_class(monkeypatch):
             "_combined": ("num_negatives", "is_joint"),
         }.get(name, ())
         function = chex.assert_max_traces(jitted.__wrapped__, n=1)
-        monkeypatch.setattr(module, name, jax.jit(function, static_argnames=statics))
+        patched.append(jax.jit(function, static_argnames=statics))
+        monkeypatch.setattr(module, name, patched[-1])
     for seed, length in enumerate((120, 119, 4000, 77)):
         labels, recording = RNG.normal(size=(length, 2)), RNG.normal(size=(length, 6))
         sampler = TimeDelta(labels, 3 + seed)
         estimate_infonce(jax.random.key(seed), make_model(seed), recording, sampler, **SIZES)
+    assert all(function._cache_size() for function in patched)  # each was called
 
 
 class OnDisk:
