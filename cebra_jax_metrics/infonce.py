@@ -166,10 +166,10 @@ def check_temperature(temperature: ArrayLike) -> None:
     known = np.asarray(temperature)
     is_real = known.dtype.kind in "iuf" or jnp.issubdtype(known.dtype, jnp.floating)
     if not (is_real and lowest <= float(known) <= highest):
-        nothing = " (which is not finite: is the model?)" * (is_real and not np.isfinite(known))
+        hint = " (which is not finite: is the model?)" * (is_real and not np.isfinite(known))
         raise ValueError(
             f"temperature has to be finite and above 0 (at least {lowest:.3g}), got {temperature}"
-            f"{nothing}."
+            f"{hint}."
         )
 
 
