@@ -43,6 +43,7 @@ def test_embedding(case, session, recording):
 WITH_LOSS = [(case, session) for case, session in SESSIONS if case not in ("hybrid", "full_batch")]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("case", "session"), WITH_LOSS)
 def test_loss_and_gradient(case, session, recording):
     checkpoint, X, results = golden(case, session, recording)

@@ -88,6 +88,7 @@ def test_gradient_against_finite_differences(similarity):
         check_grads(loss, (batch, jnp.asarray(0.7)), order=2, modes=("fwd", "rev"), rtol=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("block_size", [1, 5, 16, 100])
 def test_blocks_change_neither_value_nor_gradient(similarity, block_size):
@@ -101,6 +102,7 @@ def test_blocks_change_neither_value_nor_gradient(similarity, block_size):
     chex.assert_trees_all_close(dense, blocked, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @pytest.mark.parametrize("temperature", [10.0, 0.3])  # without and with the search for the peak
 def test_large_batches_in_blocks(similarity, temperature):

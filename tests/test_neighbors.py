@@ -137,7 +137,7 @@ def test_ties_of_labels_that_rest_on_a_grid(rest):
     path = np.clip(rng.integers(-1, 2, (40_000 // rest, 2)).cumsum(0), -30, 30)
     labels = np.repeat(path, rest, axis=0).astype(np.float32)
     change = labels[400:] - labels[:-400]
-    query = labels[rng.integers(0, len(labels), 300)] + rng.permutation(change)[:300]
+    query = labels[rng.integers(0, len(labels), 100)] + rng.permutation(change)[:100]
     expected = squared_distances(labels, query).argmin(1)  # the earliest
     np.testing.assert_array_equal(nearest_on_host(labels, query, len(labels)), expected)
     np.testing.assert_array_equal(nearest_under_jit(labels, query, len(labels)), expected)

@@ -41,6 +41,7 @@ SAMPLERS = {
     "mixed": Mixed(DISCRETE, CONTINUOUS, 3),
 }
 each = pytest.mark.parametrize("name", SAMPLERS)
+SIZES = 32, 3  # of and number of batches; the same ones share compilations
 
 
 def many(name, seed=0, size=100_000):
@@ -134,20 +135,21 @@ def test_normal_noise_is_normal():
 
 @each
 def test_draws_are_int32_and_within_the_recording(name):
-    batch = draw(jax.random.key(0), SAMPLERS[name], 7, 5)
+    batch = draw(jax.random.key(0), SAMPLERS[name], *SIZES)
     for steps in batch:
         assert steps.dtype == jnp.int32
-        assert steps.shape == (5, 7)
+        assert steps.shape == SIZES[::-1]
         assert 0 <= steps.min() <= steps.max() < N
 
 
 @each
 def test_batch_i_depends_on_the_key_and_i_only(name):
     sampler, key = SAMPLERS[name], jax.random.key(3)
-    whole = draw(key, sampler, 16, 6)
-    halves = [draw(key, sampler, 16, 3, start=start) for start in (0, 3)]
+    size, number = SIZES
+    whole = draw(key, sampler, size, 2 * number)
+    halves = [draw(key, sampler, *SIZES, start=start) for start in (0, number)]
     chex.assert_trees_all_equal(whole, jax.tree.map(lambda *x: jnp.concatenate(x), *halves))
-    alone = sampler.sample(jax.random.fold_in(key, 4), 16)
+    alone = sampler.sample(jax.random.fold_in(key, 4), size)
     chex.assert_trees_all_equal(alone, jax.tree.map(lambda x: x[4], whole))
     assert not np.array_equal(whole.reference[0], whole.reference[1])
 
@@ -191,16 +193,17 @@ def test_samplers_made_under_jit_keep_their_dtypes_in_x64():
 
 @each
 def test_old_keys_draw_the_same(name):
-    old = draw(jax.random.PRNGKey(5), SAMPLERS[name], 16, 2)
-    chex.assert_trees_all_equal(old, draw(jax.random.key(5), SAMPLERS[name], 16, 2))
+    old = draw(jax.random.PRNGKey(5), SAMPLERS[name], *SIZES)
+    chex.assert_trees_all_equal(old, draw(jax.random.key(5), SAMPLERS[name], *SIZES))
 
 
+@pytest.mark.heavy
 @each
 def test_same_draws_in_x64(name):
-    expected = jax.tree.map(np.asarray, draw(jax.random.key(0), SAMPLERS[name], 32, 3))
+    expected = jax.tree.map(np.asarray, draw(jax.random.key(0), SAMPLERS[name], *SIZES))
     with jax.enable_x64(True):
-        found = draw(jax.random.key(0), SAMPLERS[name], 32, 3)
-        traced = jax.jit(draw, static_argnums=(2, 3))(jax.random.key(0), SAMPLERS[name], 32, 3)
+        found = draw(jax.random.key(0), SAMPLERS[name], *SIZES)
+        traced = jax.jit(draw, static_argnums=(2, 3))(jax.random.key(0), SAMPLERS[name], *SIZES)
     for steps in (*found, *traced):
         assert steps.dtype == jnp.int32
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, found), expected)
@@ -209,8 +212,8 @@ def test_same_draws_in_x64(name):
 @each
 def test_draw_under_jit_is_draw(name):
     sampler, key = SAMPLERS[name], jax.random.key(4)
-    jitted = jax.jit(draw, static_argnums=(2, 3))(key, sampler, 32, 3)
-    chex.assert_trees_all_equal(jitted, draw(key, sampler, 32, 3))
+    jitted = jax.jit(draw, static_argnums=(2, 3))(key, sampler, *SIZES)
+    chex.assert_trees_all_equal(jitted, draw(key, sampler, *SIZES))
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "time"])
@@ -221,9 +224,10 @@ def test_padding_changes_no_draw(name):
         return jnp.pad(x, ((0, 9),) + ((0, 0),) * (x.ndim - 1)) if x.ndim else x
 
     padded = jax.tree.map(pad, sampler)
-    expected = draw(key, sampler, 32, 3)
-    chex.assert_trees_all_equal(draw(key, padded, 32, 3), expected)
-    chex.assert_trees_all_equal(jax.jit(draw, static_argnums=(2, 3))(key, padded, 32, 3), expected)
+    expected = draw(key, sampler, *SIZES)
+    chex.assert_trees_all_equal(draw(key, padded, *SIZES), expected)
+    jitted = jax.jit(draw, static_argnums=(2, 3))(key, padded, *SIZES)
+    chex.assert_trees_all_equal(jitted, expected)
 
 
 def test_stacked_samplers_are_drawn_from_by_vmap():
@@ -264,6 +268,7 @@ FROM_STEPS = {
 each_from_steps = pytest.mark.parametrize("name", FROM_STEPS)
 
 
+@pytest.mark.heavy
 @each_from_steps
 def test_from_steps_references_are_drawn_as_often_as_they_are_named(name):
     batch = draw(jax.random.key(1), FROM_STEPS[name], 5000, 20)
@@ -286,7 +291,7 @@ def test_all_steps_are_the_whole_recording(name):
     every = np.arange(N - 3 if name == "time" else N)
     some = replace(sampler, steps=every)
     chex.assert_trees_all_equal(
-        draw(jax.random.key(2), some, 32, 3), draw(jax.random.key(2), sampler, 32, 3)
+        draw(jax.random.key(2), some, *SIZES), draw(jax.random.key(2), sampler, *SIZES)
     )
 
 
@@ -321,8 +326,8 @@ def test_from_steps_labels_change_as_they_did_in_the_recording():
 @each_from_steps
 def test_from_steps_under_jit_and_in_chunks(name):
     sampler, key = FROM_STEPS[name], jax.random.key(4)
-    expected = draw(key, sampler, 32, 3)
-    jitted = jax.jit(draw, static_argnums=(2, 3))(key, sampler, 32, 3)
+    expected = draw(key, sampler, *SIZES)
+    jitted = jax.jit(draw, static_argnums=(2, 3))(key, sampler, *SIZES)
     chex.assert_trees_all_equal(jitted, expected)
     last = draw(key, sampler, 32, 1, start=2)
     chex.assert_trees_all_equal(last, jax.tree.map(lambda x: x[2:], expected))

@@ -234,6 +234,7 @@ def test_consistency_of_hard_cases(mesh, scale):
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [{}, {"min_shift": 20}])
 def test_consistency_tests(mesh, options):
     close(

@@ -56,6 +56,7 @@ def same(found, expected, rtol=1e-5):
     jax.tree.map(compare, found, expected)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_steps_are_those_of_gradient_descent(name):
     """Against a loop of a few lines over the same batches."""

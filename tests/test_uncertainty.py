@@ -169,6 +169,7 @@ KINDS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.filterwarnings("ignore:Resampled recordings differ no more")  # few batches, no fit
 @pytest.mark.parametrize("kind", KINDS)
 def test_bootstrap_of_every_sampler(small, kind):
