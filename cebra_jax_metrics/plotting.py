@@ -10,7 +10,7 @@ from cebra_jax_metrics.arrays import as_numpy
 from cebra_jax_metrics.consistency import NullTest
 from cebra_jax_metrics.estimation import Estimate
 from cebra_jax_metrics.metrics import Consistency, ConsistencyTest, goodness_of_fit_history
-from cebra_jax_metrics.metrics.scores import as_checkpoint
+from cebra_jax_metrics.metrics.settings import as_checkpoint
 from cebra_jax_metrics.model import Checkpoint, Model
 from cebra_jax_metrics.nulls import GoodnessOfFitTest
 from cebra_jax_metrics.uncertainty import Bootstrap

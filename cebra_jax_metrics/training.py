@@ -1,17 +1,16 @@
 """Training of encoders in JAX: jitted loops over batches that are drawn ahead of them."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from cebra_jax_metrics.arrays import (
@@ -25,51 +24,34 @@ from cebra_jax_metrics.arrays import (
     wide,
 )
 from cebra_jax_metrics.encoders import Encoder
-from cebra_jax_metrics.evaluation import check_lengths, losses_of, subspaces
-from cebra_jax_metrics.infonce import SIMILARITIES, InfoNCE
-from cebra_jax_metrics.model import Checkpoint, Criterion, Model, Windows, as_model, as_recording
+from cebra_jax_metrics.evaluation import check_lengths
+from cebra_jax_metrics.gradient_steps import (
+    LOGGED,
+    Optimizer,
+    TrainingState,
+    advance,
+    draws,
+    trained_part,
+    updating,
+)
+from cebra_jax_metrics.infonce import SIMILARITIES
+from cebra_jax_metrics.model import Checkpoint, Criterion, Model, as_model, as_recording
 from cebra_jax_metrics.samplers import (
     DeltaNormal,
     Discrete,
     DiscreteMultisession,
     FullBatch,
     Hybrid,
-    HybridBatch,
     Multisession,
-    MultisessionBatch,
     Sampler,
     Soft,
     Time,
 )
-from cebra_jax_metrics.samplers.drawing import MAX_QUERIES_AT_ONCE, check_batch_size, draw
-from cebra_jax_metrics.sharding import placed, spread
+from cebra_jax_metrics.samplers.drawing import MAX_QUERIES_AT_ONCE, check_batch_size
 
-Optimizer = Any  # optax.GradientTransformation, or a function of the learning rate that makes one
 LEARNING_RATE = 3e-4  # CEBRA's default
 MAX_STEPS_AT_ONCE = 512
 INITIAL = 2**32 - 1
-LOGGED = ("total", "pos", "neg", "temperature")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class TrainingState:
-    """Where training stands: with it ``fit`` goes on as if it had never stopped. A pytree.
-
-    Of several models trained at once, every array has a leading axis for them.
-
-    Attributes:
-        model: The model as it is now.
-        optimizer_state: That of the optimizer.
-        step: Number of steps taken.
-        history: Per step, arrays ``(steps,)``: ``total`` (the loss, nats), ``pos`` and ``neg`` (its
-            align and uniform part) before it, ``temperature`` after it.
-    """
-
-    model: Model
-    optimizer_state: Any
-    step: ArrayLike
-    history: dict[str, Array] = field(default_factory=dict)
 
 
 class TrainingError(RuntimeError):
@@ -215,8 +197,8 @@ def fit(
         settings["temperature"] = float(temperatures[0])
         settings |= {} if rates is None else {"learning_rate": float(rates[0])}
     needs = 3 * batch_size * encoders[0].receptive_field
-    advance = partial(
-        _advance,
+    take = partial(
+        advance,
         optimizer=optimizer,
         whole=len(values[0]) <= needs and not encoders[0].has_dropout,
         mesh=mesh,
@@ -233,12 +215,12 @@ def fit(
     pieces = _pieces(_step(state), num_steps, every, capacity)
     for number in progress(range(len(pieces))):
         first, stop = pieces[number]
-        batches = _draws(keys, samplers, batch_size, capacity, first)
+        batches = draws(keys, samplers, batch_size, capacity, first)
         runs = keys, rates, batches
-        after, bad = advance(state, values, runs, first, stop)
+        after, bad = take(state, values, runs, first, stop)
         if bad is not None:
             if bad.step > first:
-                state, _ = advance(state, values, runs, first, bad.step)
+                state, _ = take(state, values, runs, first, bad.step)
             raise TrainingError(bad.message, bad.step, result(state))
         state = after
         is_due = stop % every == 0 or stop == num_steps
@@ -310,36 +292,10 @@ def _initial(
     criterion = replace(criterion, temperature=temperature, min_temperature=lowest)
     # Batches take the keys 0, 1, ... of ``fold_in``: the last of all is far from them.
     model = Model(make(jax.random.fold_in(key, INITIAL)), criterion)
-    with _update(optimizer, rate) as update:
-        start = update.init(_trained(model))
+    with updating(optimizer, rate) as update:
+        start = update.init(trained_part(model))
     nothing = jnp.zeros(0, jnp.float32)
     return TrainingState(model, start, jnp.int32(0), dict.fromkeys(LOGGED, nothing))
-
-
-@contextlib.contextmanager
-def _update(optimizer: Optimizer, rate: Array | None) -> Iterator[Any]:
-    """The optimizer, and the rules of promotion that optax counts on."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield optimizer if rate is None else optimizer(rate)
-
-
-def _trained(model: Model) -> dict[str, Any]:
-    """What is trained of a model: parameters, and the temperature as CEBRA parametrises it."""
-    trained: dict[str, Any] = {"encoders": [encoder.params for encoder in model.encoders]}
-    if model.criterion.learned:
-        trained["log_inverse_temperature"] = -jnp.log(jnp.asarray(model.criterion.temperature))
-    return trained
-
-
-def _with_trained(model: Model, trained: dict[str, Any]) -> Model:
-    encoders = tuple(
-        replace(encoder, params=params)
-        for encoder, params in zip(model.encoders, trained["encoders"], strict=True)
-    )
-    if not model.criterion.learned:
-        return Model(encoders, model.criterion)
-    temperature = jnp.exp(-trained["log_inverse_temperature"])
-    return Model(encoders, replace(model.criterion, temperature=temperature))
 
 
 def _by_session(X: Any, sampler: Sampler) -> tuple[Any, ...]:
@@ -384,159 +340,6 @@ def _pieces(start: int, stop: int, every: int, capacity: int) -> list[tuple[int,
         pieces += [(i, min(i + capacity, end)) for i in range(start, end, capacity)]
         start = end
     return pieces
-
-
-def _draws(keys: Array, samplers: list[Sampler], batch_size: int, number: int, start: int) -> Any:
-    """Batches of all models ``(models, number, ...)``; those that are the same are drawn once."""
-    drawn: dict[Any, Any] = {}
-    names = []
-    for model, sampler in enumerate(samplers):
-        data = jax.random.key_data(keys[model])
-        names.append((id(sampler), model if is_traced(data) else np.asarray(data).tobytes()))
-        if names[-1] not in drawn:
-            drawn[names[-1]] = draw(keys[model], sampler, batch_size, number, start=start)
-    return jax.tree.map(lambda *x: jnp.stack(x), *(drawn[name] for name in names))
-
-
-class _Bad(NamedTuple):
-    step: int
-    message: str
-
-
-def _advance(
-    state: TrainingState,
-    recordings: tuple[Array, ...],
-    runs: tuple[Array, Array | None, Any],
-    first: int,
-    stop: int,
-    *,
-    optimizer: Optimizer,
-    whole: bool,
-    mesh: Mesh | None,
-    axis_name: str | None,
-) -> tuple[TrainingState, _Bad | None]:
-    """Take steps ``[first, stop)``, and say whether something was no longer finite."""
-    model, optimizer_state, log, is_finite = spread(
-        _train,
-        (recordings, np.int32(first), np.int32(stop)),
-        (state.model, state.optimizer_state, *runs),
-        mesh=mesh,
-        axis_name=axis_name,
-        optimizer=optimizer,
-        whole=whole,
-        in_turn=jax.default_backend() == "cpu",
-    )
-    xp: Any = np  # without compiling for each number of steps
-    if is_traced(is_finite):
-        xp = jnp
-    elif mesh is not None:
-        log, is_finite = placed((log, is_finite), mesh, PartitionSpec())
-    log, is_finite = jax.tree.map(lambda x: xp.asarray(x)[:, : stop - first], (log, is_finite))
-    history = {
-        name: xp.concatenate([state.history[name], values], axis=1) for name, values in log.items()
-    }
-    after = TrainingState(model, optimizer_state, state.step + (stop - first), history)
-    if is_traced(is_finite) or is_finite.all():
-        return after, None
-    step = int(np.argmin(is_finite.all(axis=0)))
-    which = "" if len(is_finite) == 1 else f" of model {int(np.argmin(is_finite[:, step]))}"
-    return after, _Bad(
-        first + step,
-        f"At step {first + step} the loss{which} or its gradient is not finite: the state before "
-        "it is in the checkpoint of this error. Lower the learning rate or raise the temperature, "
-        "and look for outliers in the recording.",
-    )
-
-
-@partial(jax.jit, static_argnames=("optimizer", "whole", "in_turn"))
-def _train(
-    recordings: tuple[Array, ...],
-    first: Array,
-    stop: Array,
-    runs: tuple[Model, Any, Array, Array | None, Any],
-    *,
-    optimizer: Optimizer,
-    whole: bool,
-    in_turn: bool,
-) -> tuple[Model, Any, dict[str, Array], Array]:
-    """Train models, on a CPU one after the other, for as many steps as there are batches or less.
-
-    Returns:
-        Models, states of their optimizers, what is logged ``(models, batches)``, and whether loss
-        and gradient were finite.
-    """
-
-    def train(run: tuple[Model, Any, Array, Array | None, Any]) -> Any:
-        model, optimizer_state, key, rate, batches = run
-
-        def take(carry: Any, number: Array, batch: Any) -> Any:
-            trained, optimizer_state = carry
-            gradient, losses = jax.grad(_objective, has_aux=True)(
-                trained, model, recordings, batch, jax.random.fold_in(key, number), whole
-            )
-            with _update(optimizer, rate) as update:
-                changes, optimizer_state = update.update(gradient, optimizer_state, trained)
-            trained = jax.tree.map(lambda x, change: x + change.astype(x.dtype), trained, changes)
-            finite = [jnp.isfinite(x).all() for x in (losses.loss, *jax.tree.leaves(gradient))]
-            temperature = _with_trained(model, trained).criterion.effective_temperature
-            log = dict(zip(LOGGED, (*losses, temperature), strict=True))
-            return (trained, optimizer_state), (log, jnp.stack(finite).all())
-
-        def step(carry: Any, item: tuple[Array, Any]) -> Any:
-            number, batch = item
-            shapes = jax.eval_shape(take, carry, number, batch)[1]
-            skipped = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return lax.cond(number < stop, take, lambda *_: (carry, skipped), carry, number, batch)
-
-        numbers = first + jnp.arange(len(jax.tree.leaves(batches)[0]), dtype=jnp.int32)
-        start = _trained(model), optimizer_state
-        (trained, optimizer_state), (log, is_finite) = lax.scan(step, start, (numbers, batches))
-        return _with_trained(model, trained), optimizer_state, log, is_finite
-
-    return lax.map(train, runs) if in_turn else jax.vmap(train)(runs)
-
-
-def _objective(
-    trained: dict[str, Any],
-    model: Model,
-    recordings: tuple[Array, ...],
-    batch: Any,
-    key: Array,
-    whole: bool,
-) -> tuple[Array, InfoNCE]:
-    """The loss of one batch, and its parts."""
-    model = _with_trained(model, trained)
-    if whole:
-        windows = tuple(
-            Windows(encoder.encode_windows(x), len(x) - encoder.receptive_field + 1)
-            for encoder, x in zip(model.encoders, recordings, strict=True)
-        )
-    else:
-        windows, batch = _needed(model.encoders, recordings, batch, key)
-    spaces = subspaces(windows, None, False, isinstance(batch, HybridBatch))
-    one = jax.tree.map(lambda x: x[None], batch)
-    losses = jax.tree.map(lambda x: x[0], losses_of(model.criterion, model.encoders, spaces, one))
-    return losses.loss, losses
-
-
-def _needed(
-    encoders: tuple[Encoder, ...], recordings: tuple[Array, ...], batch: Any, key: Array
-) -> tuple[tuple[Windows, ...], Any]:
-    """The windows of a batch and no others, and where in them the batch is."""
-    is_joint = isinstance(batch, MultisessionBatch)
-    steps = jnp.stack(batch[:3] if is_joint else batch)  # (kinds, [sessions,] batch)
-    windows = []
-    for session, (encoder, x) in enumerate(zip(encoders, recordings, strict=True)):
-        own = (steps[:, session] if is_joint else steps).reshape(-1)
-        dropout = jax.random.fold_in(key, session) if encoder.has_dropout else None
-        windows.append(Windows(encoder.encode_steps(x, own, dropout), len(own)))
-    kinds, size = steps.shape[0], steps.shape[-1]
-    left, _ = encoders[0].offset  # row i is what a recording has for time step i + left
-    places = left + jnp.arange(kinds * size, dtype=jnp.int32).reshape(kinds, size)
-    if not is_joint:
-        return tuple(windows), type(batch)(*places)
-    reference, positive, negative = jnp.broadcast_to(places[:, None], steps.shape)
-    return tuple(windows), MultisessionBatch(reference, positive, negative, batch.order)
 
 
 def _checked_optimizer(

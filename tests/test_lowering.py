@@ -24,13 +24,13 @@ from cebra_jax_metrics import (
     estimation,
     evaluate,
     evaluation,
+    gradient_steps,
     infonce,
     model,
     neighbors,
     nulls,
     samplers,
     spread,
-    training,
 )
 from cebra_jax_metrics.demo import load_demo
 from cebra_jax_metrics.encoders import layers
@@ -105,7 +105,7 @@ def trained(key, one, x, whole, in_turn):
     run = one, descent.init(None), key, None, BATCH
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf]), run)
     options = {"optimizer": descent, "whole": whole, "in_turn": in_turn}
-    return training._train((x,), np.int32(0), np.int32(2), stack, **options)
+    return gradient_steps._train((x,), np.int32(0), np.int32(2), stack, **options)
 
 
 # Of every jitted function, calls that lower it: a function without static arguments, its arguments.
@@ -254,7 +254,7 @@ CALLS = {
             (KEY_DATA, MODEL, X),
         ),
     ],
-    "training._train": [
+    "gradient_steps._train": [
         (with_key(partial(trained, whole=whole, in_turn=in_turn)), (KEY_DATA, MODEL, X))
         for whole, in_turn in ((True, True), (False, False))
     ],

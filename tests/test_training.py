@@ -16,6 +16,7 @@ from cebra_jax_metrics import (
     fit,
     goodness_of_fit_history,
     goodness_of_fit_score,
+    gradient_steps,
     load,
     multisession_infonce_loss,
     samplers,
@@ -303,10 +304,10 @@ def test_trains_a_model_further(tmp_path):
 
 
 def test_one_trace_for_all_numbers_of_steps():
-    training._train.clear_cache()
+    gradient_steps._train.clear_cache()
     for number, seed in ((5, 0), (7, 1), (8, 2)):
         train(num_steps=number, key=jax.random.key(seed), learning_rate=1e-3 * number)
-    assert training._train._cache_size() == 1
+    assert gradient_steps._train._cache_size() == 1
 
 
 def test_initial_parameters_have_the_distribution_of_torch():

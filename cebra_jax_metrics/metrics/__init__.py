@@ -9,15 +9,14 @@ from cebra_jax_metrics.metrics.consistency import (
     consistency_test,
 )
 from cebra_jax_metrics.metrics.scores import (
-    as_checkpoint,
     goodness_of_fit_history,
     goodness_of_fit_score,
     infonce_loss,
     infonce_to_goodness_of_fit,
     multisession_infonce_loss,
-    sampler_for,
     score,
 )
+from cebra_jax_metrics.metrics.settings import as_checkpoint, sampler_for
 
 __all__ = [
     "NULL_QUANTILES",
