@@ -765,9 +765,12 @@ def test_interrupted_as_a_program():
     """Ctrl-C while it works: no traceback, and the exit code of shells."""
     command = [sys.executable, "-m", "cebra_jax_metrics", "score", FAST, RECORDING]
     command += ["--labels", "position", "--num-batches", "100000000"]
+    # Where these tests run in the background, Ctrl-C is ignored, by what they start as well.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(signal.SIGINT, before)
     try:
         time.sleep(8)  # it would work for hours
         process.send_signal(signal.SIGINT)
